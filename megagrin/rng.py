@@ -30,7 +30,9 @@ def _mul_hi_lo(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
     return mid >> 16, ((mid << 16) & _MASK) | (low & 0xFFFF)
 
 
-def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def philox(
+    counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Philox 4×32-10.
 
     Args:
@@ -71,8 +73,8 @@ def routing_words(seed: int, step: int, layer: int, token_T: Tensor, blocks: int
         seed: run seed, [0, 2^64).
         step: optimizer step, [0, 2^32).
         layer: layer index counted over the whole model, [0, 2^32).
-        token_T: int64, index of each token in the global batch of the step, [0, 2^56).
-        blocks: Philox blocks per token, at most 256.
+        token_T: int64, index of each token in the global batch of the step, [0, 2^48).
+        blocks: Philox blocks per token, at most 65536.
 
     Returns:
         int64 (T, blocks·4), values in [0, 2^32).
@@ -80,7 +82,7 @@ def routing_words(seed: int, step: int, layer: int, token_T: Tensor, blocks: int
     low_T1 = (token_T & _MASK).unsqueeze(1)
     high_T1 = (token_T >> 32).unsqueeze(1)
     block_B = torch.arange(blocks, device=token_T.device, dtype=torch.int64)
-    second_TB = high_T1 | (block_B << 24)
+    second_TB = high_T1 | (block_B << 16)
     zero = torch.zeros((), device=token_T.device, dtype=torch.int64)
     words = philox((low_T1.expand_as(second_TB), second_TB, zero + layer, zero + step), seed_key(seed))
     return torch.stack(words, dim=-1).flatten(1)
@@ -97,31 +99,29 @@ def stream_key(seed: int, name: str) -> tuple[int, int]:
     return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:8], "little")
 
 
-def normal_at(index_N: Tensor, key: tuple[int, int]) -> Tensor:
-    """Standard normal fp32 numbers as a function of their index (Box–Muller on one Philox block for each four indices).
+def normal_run(start: int, count: int, key: tuple[int, int], device: torch.device) -> Tensor:
+    """Standard normal fp32 numbers for the consecutive indices [start, start + count): Box–Muller, four to a Philox block.
 
     Args:
-        index_N: int64, any shape, values in [0, 2^62).
+        start: first index, [0, 2^62).
+        count: how many.
         key: from `stream_key`.
+        device: where to compute.
 
     Returns:
-        fp32 of the same shape; the same index gives the same number in every call, on every rank.
+        fp32 (count,); an index gives the same number in every call, on every rank.
     """
-    flat_N = index_N.reshape(-1)
-    out_N = torch.empty(flat_N.shape, dtype=torch.float32, device=flat_N.device)
-    for start in range(0, flat_N.numel(), _CHUNK):
-        part = flat_N[start : start + _CHUNK]
-        out_N[start : start + _CHUNK] = _normal_chunk(part, key)
-    return out_N.view(index_N.shape)
-
-
-def _normal_chunk(index_N: Tensor, key: tuple[int, int]) -> Tensor:
-    block_N, lane_N = index_N >> 2, index_N & 3
-    zero = torch.zeros((), dtype=torch.int64, device=index_N.device)
-    w0, w1, w2, w3 = philox((block_N & _MASK, block_N >> 32, zero, zero), key)
-    upper_N = lane_N >= 2
-    u_N = uniform(torch.where(upper_N, w2, w0)).double()
-    angle_N = uniform(torch.where(upper_N, w3, w1)).double() * (2 * math.pi)
-    radius_N = (-2.0 * u_N.log()).sqrt()
-    # fp64 until the last rounding: libm differences between devices then almost never reach the fp32 result.
-    return (radius_N * torch.where(lane_N % 2 == 0, angle_N.cos(), angle_N.sin())).float()
+    first_block, end_block = start >> 2, (start + count + 3) >> 2
+    out_N = torch.empty((end_block - first_block) * 4, dtype=torch.float32, device=device)
+    zero = torch.zeros((), dtype=torch.int64, device=device)
+    for block in range(first_block, end_block, _CHUNK):
+        block_N = torch.arange(block, min(block + _CHUNK, end_block), dtype=torch.int64, device=device)
+        words_N4 = torch.stack(philox((block_N & _MASK, block_N >> 32, zero, zero), key), dim=-1)
+        # fp64 until the last rounding: differences between devices' libm then almost never reach the fp32 result.
+        radius_N2 = (-2.0 * uniform(words_N4[:, 0::2]).double().log()).sqrt()
+        angle_N2 = uniform(words_N4[:, 1::2]).double() * (2 * math.pi)
+        at = (block - first_block) * 4
+        out_N[at : at + 4 * block_N.numel()] = torch.stack(
+            (radius_N2 * angle_N2.cos(), radius_N2 * angle_N2.sin()), dim=-1
+        ).flatten()
+    return out_N[start - 4 * first_block :][:count]

@@ -1,0 +1,33 @@
+"""The experts' weights and their computation.
+
+Shape suffixes: R routed rows, D model width, F expert width, L experts of this rank.
+"""
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from megagrin.kernels.moe_mlp import expert_mlp
+
+
+def local(parameter: Tensor) -> Tensor:
+    """The part of a parameter that this rank computes with: expert weights are stored as DTensors, computed as local tensors."""
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+
+class Experts(torch.nn.Module):
+    """SwiGLU experts without biases, stored as one tensor per matrix.
+
+    Attributes:
+        gate_up_proj: (E, 2F, D), gate rows before up rows.
+        down_proj: (E, D, F).
+    """
+
+    def __init__(self, n_experts: int, d_model: int, d_ff: int) -> None:
+        super().__init__()
+        self.gate_up_proj = torch.nn.Parameter(torch.empty(n_experts, 2 * d_ff, d_model))
+        self.down_proj = torch.nn.Parameter(torch.empty(n_experts, d_model, d_ff))
+
+    def forward(self, x_RD: Tensor, weight_R: Tensor, counts_L: Tensor, backward_weight_R: Tensor | None) -> Tensor:
+        """Weighted outputs of this rank's experts, (R, D); arguments as in `megagrin.kernels.moe_mlp.expert_mlp`."""
+        return expert_mlp(x_RD, local(self.gate_up_proj), local(self.down_proj), weight_R, counts_L, backward_weight_R)

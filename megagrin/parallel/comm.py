@@ -1,0 +1,48 @@
+"""Differentiable collectives. The group is always an argument; every rank joins every call, with or without rows.
+
+Shape suffixes: R rows, D features.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+
+def exchange_counts(send_counts: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """All-to-all of equal blocks of integers: rank r receives block r of every rank. Not differentiable.
+
+    Args:
+        send_counts: int64 (ranks, …); block i goes to rank i.
+    """
+    received = torch.empty_like(send_counts)
+    dist.all_to_all_single(received, send_counts.contiguous(), group=group)
+    return received
+
+
+def _all_to_all(x_RD: Tensor, receive: list[int], send: list[int], group: dist.ProcessGroup) -> Tensor:
+    out = x_RD.new_empty(sum(receive), *x_RD.shape[1:])
+    dist.all_to_all_single(out, x_RD.contiguous(), receive, send, group=group)
+    return out
+
+
+class _AllToAllRows(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx, x_RD: Tensor, receive: list[int], send: list[int], group: dist.ProcessGroup
+    ) -> Tensor:
+        ctx.receive, ctx.send, ctx.group = receive, send, group  # type: ignore[attr-defined]
+        return _all_to_all(x_RD, receive, send, group)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return _all_to_all(grad, ctx.send, ctx.receive, ctx.group), None, None, None  # type: ignore[attr-defined]
+
+
+def all_to_all_rows(x_RD: Tensor, receive: list[int], send: list[int], group: dist.ProcessGroup) -> Tensor:
+    """Send `send[i]` consecutive rows to rank i and receive `receive[i]` rows from it; zeros allowed.
+
+    The gradient travels the same way back. Row order: by source rank, then as sent.
+    """
+    return _AllToAllRows.apply(x_RD, receive, send, group)
