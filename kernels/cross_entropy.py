@@ -7,9 +7,11 @@ fp32 copy of W.
 Shape suffixes: T tokens, D model width, V vocabulary, C tokens of a block.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 # fp32 logits of a block: 16 MiB on CPU (half of a common last-level cache); GPUs want fewer, larger products.
 _BLOCK_ELEMENTS_CPU = 1 << 22
@@ -23,9 +25,7 @@ def _block_tokens(vocab: int, device: torch.device) -> int:
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: FunctionCtx, x_TD: Tensor, w_VD: Tensor, b_V: Tensor | None, label_T: Tensor, with_grad: bool
-    ) -> Tensor:
+    def forward(ctx: Any, x_TD: Tensor, w_VD: Tensor, b_V: Tensor | None, label_T: Tensor, with_grad: bool) -> Tensor:
         wide = torch.promote_types(x_TD.dtype, torch.float32)
         loss = torch.zeros((), dtype=wide, device=x_TD.device)
         dx_TD = torch.empty_like(x_TD) if with_grad else None
@@ -51,14 +51,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
             dx_TD[part] = narrow_CV @ w_VD
             dw_VD.addmm_(narrow_CV.t(), x_CD) if wide == x_TD.dtype else dw_VD.add_(narrow_CV.t() @ x_CD)
         ctx.save_for_backward(dx_TD, dw_VD, db_V)
-        ctx.w_dtype = w_VD.dtype  # type: ignore[attr-defined]
+        ctx.w_dtype = w_VD.dtype
         return loss
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, dloss: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None, None]:
-        dx_TD, dw_VD, db_V = ctx.saved_tensors  # type: ignore[attr-defined]
-        dtype = ctx.w_dtype  # type: ignore[attr-defined]
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None, None]:
+        dx_TD, dw_VD, db_V = ctx.saved_tensors
+        dtype = ctx.w_dtype
         db_scaled = None if db_V is None else (db_V * dloss).to(dtype)
         return dx_TD * dloss.to(dx_TD.dtype), (dw_VD * dloss).to(dtype), db_scaled, None, None
 
@@ -80,6 +80,7 @@ def linear_cross_entropy(x_TD: Tensor, w_VD: Tensor, b_V: Tensor | None, label_T
     """
     if x_TD.dim() != 2 or w_VD.dim() != 2 or x_TD.shape[1] != w_VD.shape[1] or label_T.shape != x_TD.shape[:1]:
         raise ValueError(
-            f"linear_cross_entropy: x {tuple(x_TD.shape)}, w {tuple(w_VD.shape)}, label {tuple(label_T.shape)} must be (T, D), (V, D), (T,)"
+            f"linear_cross_entropy: x {tuple(x_TD.shape)}, w {tuple(w_VD.shape)}, label {tuple(label_T.shape)} "
+            "must be (T, D), (V, D), (T,)"
         )
     return _LinearCrossEntropy.apply(x_TD, w_VD, b_V, label_T, torch.is_grad_enabled())

@@ -8,9 +8,11 @@ Empty experts are normal: they produce no rows and a zero weight gradient.
 Shape suffixes: R routed rows, E experts, N output features, K input features.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 
 def _check(x_RK: Tensor, w_ENK: Tensor, counts_E: Tensor) -> None:
@@ -86,14 +88,14 @@ def k_grouped_wgrad(dy_RN: Tensor, x_RK: Tensor, counts_E: Tensor) -> Tensor:
 
 class _GroupedGemm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, x_RK: Tensor, w_ENK: Tensor, counts_E: Tensor) -> Tensor:
+    def forward(ctx: Any, x_RK: Tensor, w_ENK: Tensor, counts_E: Tensor) -> Tensor:
         ctx.save_for_backward(x_RK, w_ENK, counts_E)
         return m_grouped(x_RK, w_ENK, counts_E)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, dy_RN: Tensor) -> tuple[Tensor, Tensor, None]:
-        x_RK, w_ENK, counts_E = ctx.saved_tensors  # type: ignore[attr-defined]
+    def backward(ctx: Any, dy_RN: Tensor) -> tuple[Tensor, Tensor, None]:
+        x_RK, w_ENK, counts_E = ctx.saved_tensors
         dy_RN = dy_RN.contiguous()
         return m_grouped_dgrad(dy_RN, w_ENK, counts_E), k_grouped_wgrad(dy_RN, x_RK, counts_E), None
 

@@ -11,9 +11,11 @@ reaches the expert and its input. Where the two agree, b is left out.
 Shape suffixes: R routed rows, D model width, F expert width, E experts.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 from megagrin.kernels.grouped_gemm import _check, k_grouped_wgrad, m_grouped, m_grouped_dgrad
 
@@ -28,7 +30,7 @@ def _swiglu(h_R2F: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 class _ExpertMLP(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
+        ctx: Any,
         x_RD: Tensor,
         gate_up_E2FD: Tensor,
         down_EDF: Tensor,
@@ -43,8 +45,8 @@ class _ExpertMLP(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, dy_RD: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, None, None]:
-        x_RD, h_R2F, gate_up_E2FD, down_EDF, v_R, b_R, counts_E = ctx.saved_tensors  # type: ignore[attr-defined]
+    def backward(ctx: Any, dy_RD: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, None, None]:
+        x_RD, h_R2F, gate_up_E2FD, down_EDF, v_R, b_R, counts_E = ctx.saved_tensors
         dy_RD = dy_RD.contiguous()
         b_R1 = (v_R if b_R is None else b_R).unsqueeze(1)
         g_RF, u_RF, s_RF, act_RF = _swiglu(h_R2F)
@@ -87,10 +89,7 @@ def expert_mlp(
         ValueError: shapes, dtypes, devices or counts that do not fit.
     """
     _check(x_RD, gate_up_E2FD, counts_E)
-    if (
-        down_EDF.shape != (gate_up_E2FD.shape[0], x_RD.shape[1], gate_up_E2FD.shape[1] // 2)
-        or gate_up_E2FD.shape[1] % 2
-    ):
+    if down_EDF.shape != (gate_up_E2FD.shape[0], x_RD.shape[1], gate_up_E2FD.shape[1] // 2) or gate_up_E2FD.shape[1] % 2:
         raise ValueError(
             f"expert_mlp: gate_up {tuple(gate_up_E2FD.shape)} and down {tuple(down_EDF.shape)} must be (E, 2F, D) and (E, D, F)"
         )

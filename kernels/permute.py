@@ -7,10 +7,11 @@ Shape suffixes: T tokens, K experts per token, R = T·K routed rows, D model wid
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 
 @dataclass(frozen=True)
@@ -57,27 +58,27 @@ def _gather_sum(x_RD: Tensor, place_TK: Tensor) -> Tensor:
 
 class _Permute(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, x_TD: Tensor, source_R: Tensor, place_TK: Tensor) -> Tensor:
+    def forward(ctx: Any, x_TD: Tensor, source_R: Tensor, place_TK: Tensor) -> Tensor:
         ctx.save_for_backward(place_TK)
         return x_TD.index_select(0, source_R)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad_RD: Tensor) -> tuple[Tensor, None, None]:
-        (place_TK,) = ctx.saved_tensors  # type: ignore[attr-defined]
+    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None, None]:
+        (place_TK,) = ctx.saved_tensors
         return _gather_sum(grad_RD, place_TK), None, None
 
 
 class _Unpermute(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, y_RD: Tensor, source_R: Tensor, place_TK: Tensor) -> Tensor:
+    def forward(ctx: Any, y_RD: Tensor, source_R: Tensor, place_TK: Tensor) -> Tensor:
         ctx.save_for_backward(source_R)
         return _gather_sum(y_RD, place_TK)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad_TD: Tensor) -> tuple[Tensor, None, None]:
-        (source_R,) = ctx.saved_tensors  # type: ignore[attr-defined]
+    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, None, None]:
+        (source_R,) = ctx.saved_tensors
         return grad_TD.index_select(0, source_R), None, None
 
 

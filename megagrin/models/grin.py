@@ -23,9 +23,7 @@ GRIN_16X3_8B = ModelConfig(
     max_positions=4096,
     window=2048,
 )
-GRIN_16X0_9B = replace(
-    GRIN_16X3_8B, preset="grin_16x0_9b", n_layers=24, d_model=2048, n_heads=16, n_kv_heads=4, d_ff=4096
-)
+GRIN_16X0_9B = replace(GRIN_16X3_8B, preset="grin_16x0_9b", n_layers=24, d_model=2048, n_heads=16, n_kv_heads=4, d_ff=4096)
 GRIN_TINY = ModelConfig()
 
 

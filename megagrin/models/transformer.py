@@ -178,9 +178,7 @@ class Output:
 class Transformer(nn.Module):
     """Decoder-only language model; parameters are left uninitialised, see `megagrin.models.init`."""
 
-    def __init__(
-        self, config: ModelConfig, router: RouterConfig | None = None, balance: BalanceConfig | None = None
-    ) -> None:
+    def __init__(self, config: ModelConfig, router: RouterConfig | None = None, balance: BalanceConfig | None = None) -> None:
         super().__init__()
         self.config = config
         router, balance = router or RouterConfig(), balance or BalanceConfig()

@@ -2,8 +2,8 @@
 
     L = α · n · Σ_i f_i · P_i        (GRIN section 3.3)
 
-P_i is the mean of the unmasked softmax, f_i the fraction of routed rows that expert i received (the *sampled* experts), Σ f_i = 1;
-perfectly balanced routing gives L = α for every n and k. f carries no gradient; its scope is a choice:
+P_i is the mean of the unmasked softmax, f_i the fraction of routed rows that expert i received (the *sampled* experts), so that
+Σ f_i = 1; perfectly balanced routing gives L = α for every n and k. f carries no gradient; its scope is a choice:
 
     local   f of this rank's micro-batch (the paper's control recipe)
     global  f of this micro-batch, summed over the data-parallel ranks (GRIN)
@@ -19,12 +19,12 @@ Shape suffixes: T tokens of this micro-batch, E experts, D model width.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class GlobalCounts:
 class _Attach(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
+        ctx: Any,
         y_TD: Tensor,
         prob_sum_E: Tensor,
         z_sum: Tensor,
@@ -93,17 +93,17 @@ class _Attach(torch.autograd.Function):
         scale: float,
         z_scale: float,
     ) -> Tensor:
-        ctx.f, ctx.scale, ctx.z_scale = f, scale, z_scale  # type: ignore[attr-defined]
-        ctx.dtype = prob_sum_E.dtype  # type: ignore[attr-defined]
+        ctx.f, ctx.scale, ctx.z_scale = f, scale, z_scale
+        ctx.dtype = prob_sum_E.dtype
         return y_TD.view_as(y_TD)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, dy_TD: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
-        f, dtype = ctx.f, ctx.dtype  # type: ignore[attr-defined]
+    def backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
+        f, dtype = ctx.f, ctx.dtype
         f_E = f.fraction(dtype) if isinstance(f, GlobalCounts) else f.to(dtype)
-        z_grad = torch.full((), ctx.z_scale, dtype=dtype, device=dy_TD.device)  # type: ignore[attr-defined]
-        return dy_TD, ctx.scale * f_E, z_grad, None, None, None  # type: ignore[attr-defined]
+        z_grad = torch.full((), ctx.z_scale, dtype=dtype, device=dy_TD.device)
+        return dy_TD, ctx.scale * f_E, z_grad, None, None, None
 
 
 def attach(

@@ -116,9 +116,7 @@ class AllToAllDispatch:
         by_expert = sort_by_expert(expert_R.unsqueeze(1), n_local)
         weight_R, backward_R = _split_weights(permute(weight_R2, by_expert))
         exchange = _Exchange(sent, received, by_expert)
-        return Dispatched(
-            permute(x_RD, by_expert), weight_R, backward_R, by_expert.counts_E, home.counts_E, home, exchange
-        )
+        return Dispatched(permute(x_RD, by_expert), weight_R, backward_R, by_expert.counts_E, home.counts_E, home, exchange)
 
     def combine(self, y_RD: Tensor, sent: Dispatched) -> Tensor:
         exchange = sent._exchange

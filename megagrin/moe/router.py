@@ -17,11 +17,11 @@ Shape suffixes: T tokens, E experts, K experts per token, D model width.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 from megagrin import rng
 
@@ -138,14 +138,14 @@ class _HeunWeight(torch.autograd.Function):
     """Forward ω·p, gradient c: the estimator's y = c·h + detach(ω·h − c·h) with h linear in p."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, p_T: Tensor, omega_T: Tensor, c: float) -> Tensor:
-        ctx.c = c  # type: ignore[attr-defined]
+    def forward(ctx: Any, p_T: Tensor, omega_T: Tensor, c: float) -> Tensor:
+        ctx.c = c
         return p_T * omega_T
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad_T: Tensor) -> tuple[Tensor, None, None]:
-        return grad_T * ctx.c, None, None  # type: ignore[attr-defined]
+    def backward(ctx: Any, grad_T: Tensor) -> tuple[Tensor, None, None]:
+        return grad_T * ctx.c, None, None
 
 
 def _remove_drawn(z_TE: Tensor, drawn_TE: Tensor) -> Tensor:
@@ -183,9 +183,7 @@ def sparsemixer(z_TE: Tensor, top_k: int, config: RouterConfig, words_TW: Tensor
         weights.append(p_T)
         drawn_TE = drawn_TE.scatter(1, expert_T.unsqueeze(1), True)
     paper = bool(backward_weights) and config.expert_gradient == "paper"
-    return Routing(
-        torch.stack(experts, 1), torch.stack(weights, 1), torch.stack(backward_weights, 1) if paper else None
-    )
+    return Routing(torch.stack(experts, 1), torch.stack(weights, 1), torch.stack(backward_weights, 1) if paper else None)
 
 
 def gshard(z_TE: Tensor, top_k: int) -> Routing:

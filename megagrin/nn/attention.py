@@ -9,9 +9,7 @@ from torch import Tensor, nn
 from megagrin.nn.rope import rotate
 
 
-def attention_mask(
-    queries: int, keys: int, window: int, documents_BS: Tensor | None, device: torch.device
-) -> Tensor | None:
+def attention_mask(queries: int, keys: int, window: int, documents_BS: Tensor | None, device: torch.device) -> Tensor | None:
     """Which keys a query may see: not later, nearer than `window` (the query's own key counts), same document.
 
     Args:
@@ -68,9 +66,7 @@ class Attention(nn.Module):
     def _heads(self, x_BSX: Tensor) -> Tensor:
         return x_BSX.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
-    def forward(
-        self, x_BSD: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None = None
-    ) -> Tensor:
+    def forward(self, x_BSD: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None = None) -> Tensor:
         """Attend within each sequence.
 
         Args:

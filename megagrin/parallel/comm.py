@@ -3,10 +3,12 @@
 Shape suffixes: R rows, D features.
 """
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 
 def exchange_counts(send_counts: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -28,16 +30,14 @@ def _all_to_all(x_RD: Tensor, receive: list[int], send: list[int], group: dist.P
 
 class _AllToAllRows(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: FunctionCtx, x_RD: Tensor, receive: list[int], send: list[int], group: dist.ProcessGroup
-    ) -> Tensor:
-        ctx.receive, ctx.send, ctx.group = receive, send, group  # type: ignore[attr-defined]
+    def forward(ctx: Any, x_RD: Tensor, receive: list[int], send: list[int], group: dist.ProcessGroup) -> Tensor:
+        ctx.receive, ctx.send, ctx.group = receive, send, group
         return _all_to_all(x_RD, receive, send, group)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        return _all_to_all(grad, ctx.send, ctx.receive, ctx.group), None, None, None  # type: ignore[attr-defined]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return _all_to_all(grad, ctx.send, ctx.receive, ctx.group), None, None, None
 
 
 def all_to_all_rows(x_RD: Tensor, receive: list[int], send: list[int], group: dist.ProcessGroup) -> Tensor:
