@@ -1,0 +1,246 @@
+"""Checkpoints: sharded by DCP, tensors only (safetensors), committed by a rename.
+
+A folder `step_00000100` holds model and optimizer tensors under their global names and shapes, so that any layout can read what
+any other wrote, and `checkpoint.json` with step, consumed samples and the resolved configuration. A folder without
+`checkpoint.json` is not a checkpoint: everything is written to a hidden folder that is renamed when it is whole.
+"""
+
+import json
+import re
+import shutil
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.tensor import DTensor
+
+from megagrin.models.transformer import ModelConfig, Transformer
+from megagrin.moe.router import RouterConfig
+
+FORMAT = 1
+_NAME = re.compile(r"step_(\d{8})")
+_META = "checkpoint.json"
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When to save and what to keep.
+
+    Attributes:
+        interval: optimizer steps between checkpoints; 0 saves only at the end of the run.
+        keep: newest checkpoints that stay on disk; 0 keeps all.
+    """
+
+    interval: int = 500
+    keep: int = 3
+
+    def violations(self) -> list[str]:
+        """Every broken rule of this section, as `field: value and rule`."""
+        return [
+            f"checkpoint.{name}: {value} must not be negative"
+            for name, value in (("interval", self.interval), ("keep", self.keep))
+            if value < 0
+        ]
+
+
+@dataclass(frozen=True)
+class CheckpointInfo:
+    """What `checkpoint.json` says.
+
+    Attributes:
+        step: optimizer steps done.
+        consumed_samples: sequences trained on.
+        run: the resolved configuration of the run, as a dictionary.
+    """
+
+    step: int
+    consumed_samples: int
+    run: dict[str, Any]
+
+
+def checkpoints(run_dir: Path) -> list[Path]:
+    """Committed checkpoints of a run, oldest first."""
+    folder = run_dir / "checkpoints"
+    if not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if _NAME.fullmatch(path.name) and (path / _META).is_file())
+
+
+def find(path: Path) -> Path:
+    """The checkpoint meant by a path: a checkpoint folder itself, or the newest one of a run folder.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if (path / _META).is_file():
+        return path
+    found = checkpoints(path)
+    if not found:
+        raise ValueError(f"{path}: neither a checkpoint (a folder with {_META}) nor a run folder with checkpoints")
+    return found[-1]
+
+
+def read_info(path: Path) -> CheckpointInfo:
+    """Read `checkpoint.json`.
+
+    Raises:
+        ValueError: unreadable, or written by another format version.
+    """
+    try:
+        content = json.loads((path / _META).read_text())
+        if content["format"] != FORMAT:
+            raise ValueError(f"{path / _META}: format {content['format']}, this version reads {FORMAT}")
+        return CheckpointInfo(content["step"], content["consumed_samples"], content["run"])
+    except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path / _META}: not a checkpoint description ({error!r})") from error
+
+
+def _model_tensors(model: nn.Module) -> dict[str, Tensor]:
+    return {f"model.{name}": parameter.detach() for name, parameter in model.named_parameters()}
+
+
+def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """First and second moments under their parameter's name; made as zeros where no step was taken yet."""
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        state = optimizer.state[parameter]
+        for moment in ("exp_avg", "exp_avg_sq"):
+            if moment not in state:
+                state[moment] = torch.zeros_like(parameter)
+            tensors[f"optim.{name}.{moment}"] = state[moment]
+    return tensors
+
+
+def save(
+    run_dir: Path, model: nn.Module, optimizer: torch.optim.Optimizer, extra: dict[str, Tensor], info: CheckpointInfo
+) -> Path:
+    """Write and commit `run_dir/checkpoints/step_<step>`; every rank calls it.
+
+    Args:
+        run_dir: the run folder, on a file system that all ranks share.
+        model: its parameters, sharded or not.
+        optimizer: AdamW over the same parameters.
+        extra: further tensors, equal on all ranks.
+        info: goes into `checkpoint.json`.
+
+    Returns:
+        The committed folder.
+    """
+    target = run_dir / "checkpoints" / f"step_{info.step:08d}"
+    partial = target.with_name(f".{target.name}.partial")
+    main = dist.get_rank() == 0
+    if main:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    dist.barrier()
+    tensors = {**_model_tensors(model), **_optimizer_tensors(model, optimizer)}
+    tensors |= {f"extra.{name}": tensor for name, tensor in extra.items()}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=UserWarning)  # DCP warns about features that are not used here
+        dcp.save(tensors, storage_writer=HuggingFaceStorageWriter(str(partial), save_distributed=True))
+    if main:
+        content = {"format": FORMAT, "step": info.step, "consumed_samples": info.consumed_samples, "run": info.run}
+        (partial / _META).write_text(json.dumps(content, indent=1))
+        shutil.rmtree(target, ignore_errors=True)
+        partial.rename(target)
+    dist.barrier()
+    return target
+
+
+def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None, extra: dict[str, Tensor], step: int) -> None:
+    """Read a checkpoint into existing tensors, whatever layout wrote it; every rank calls it.
+
+    Args:
+        path: a committed checkpoint.
+        model: filled in place.
+        optimizer: filled in place; None leaves it alone (weights only).
+        extra: filled in place.
+        step: optimizer steps done, AdamW's bias correction counts on from there.
+
+    Raises:
+        ValueError: a tensor is missing or has another shape.
+    """
+    tensors = _model_tensors(model)
+    if optimizer is not None:
+        tensors |= _optimizer_tensors(model, optimizer)
+    tensors |= {f"extra.{name}": tensor for name, tensor in extra.items()}
+    _read(path, tensors, no_dist=False)
+    if optimizer is not None:
+        for state in optimizer.state.values():
+            state["step"] = torch.tensor(float(step), device=next(iter(state.values())).device)
+
+
+def _read(path: Path, tensors: dict[str, Tensor], no_dist: bool) -> None:
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=UserWarning)
+            dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(path)), no_dist=no_dist)
+    except Exception as error:  # DCP wraps whatever went wrong on any rank
+        raise ValueError(f"{path}: cannot be loaded into this model: {_cause(error)}") from error
+
+
+def _cause(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else repr(error)
+
+
+def load_model(path: Path) -> tuple[Transformer, dict[str, Any]]:
+    """Read a checkpoint's weights into a plain fp32 model on the CPU, in one process.
+
+    Args:
+        path: a checkpoint or a run folder (its newest checkpoint).
+
+    Returns:
+        The model in eval mode and the run's configuration as a dictionary.
+    """
+    path = find(path)
+    info = read_info(path)
+    model = Transformer(ModelConfig(**info.run["model"]), RouterConfig(**info.run["router"]))
+    _read(path, _model_tensors(model), no_dist=True)
+    return model.eval(), info.run
+
+
+def save_model(path: Path, model: Transformer, run: dict[str, Any]) -> None:
+    """Write a weights-only checkpoint of a plain model from one process; `train.init_from` starts from it.
+
+    Args:
+        path: the checkpoint folder to create.
+        model: weights to write.
+        run: sections `model` and `router` at least.
+
+    Raises:
+        ValueError: the folder exists.
+    """
+    if path.exists():
+        raise ValueError(f"{path}: exists already")
+    partial = path.with_name(f".{path.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=UserWarning)
+        writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
+        dcp.save(_model_tensors(model), storage_writer=writer, no_dist=True)
+    (partial / _META).write_text(json.dumps({"format": FORMAT, "step": 0, "consumed_samples": 0, "run": run}, indent=1))
+    partial.rename(path)
+
+
+def prune(run_dir: Path, keep: int) -> None:
+    """Delete all but the newest `keep` checkpoints (0 keeps all), and leftovers of interrupted saves; one rank calls it."""
+    for leftover in (run_dir / "checkpoints").glob(".step_*.partial"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    for path in checkpoints(run_dir)[:-keep] if keep else []:
+        shutil.rmtree(path)
+
+
+def gather(model: nn.Module) -> dict[str, Tensor]:
+    """Full parameters on every rank's CPU, for tests and small models only."""
+    return {
+        name: (parameter.full_tensor() if isinstance(parameter, DTensor) else parameter).detach().cpu()
+        for name, parameter in model.named_parameters()
+    }

@@ -1,0 +1,59 @@
+"""`megagrin <command> …`: finds the command and turns errors of use into one line and a non-zero exit code."""
+
+import importlib
+import os
+import sys
+import traceback
+
+COMMANDS = {
+    "train": ("megagrin.train", "main", "train a model (under torchrun for more than one process)"),
+    "data": ("megagrin.data_prep.commands", "main", "train a tokenizer, write, verify and inspect token files"),
+    "generate": ("megagrin.generate", "main", "continue a prompt with a trained model"),
+    "export-hf": ("megagrin.hf", "main_export", "write a checkpoint as a Hugging Face PhimoeForCausalLM folder"),
+    "import-hf": ("megagrin.hf", "main_import", "read a Hugging Face PhimoeForCausalLM folder into a checkpoint"),
+    "plot": ("megagrin.plot", "main", "draw loss curve and expert load of a run"),
+}
+EXIT_USAGE = 2
+
+
+def usage() -> str:
+    """The list of commands."""
+    lines = [f"  {name:<11}{text}" for name, (_, _, text) in COMMANDS.items()]
+    return "\n".join(
+        ["usage: megagrin <command> [options]", "", *lines, "", "megagrin <command> --help shows a command's options."]
+    )
+
+
+def run_command(name: str, argv: list[str]) -> int:
+    """Run a command; errors of use become one line on stderr and exit code 2, with the traceback under `--debug`."""
+    debug = "--debug" in argv
+    try:
+        module, function, _ = COMMANDS[name]
+        main = getattr(importlib.import_module(module), function)
+        return main([argument for argument in argv if argument != "--debug"]) or 0
+    except (ValueError, OSError, ImportError, FloatingPointError) as error:
+        if debug:
+            traceback.print_exc()
+        # Under torchrun every rank meets the same error of use; one of them says it.
+        if os.environ.get("RANK", "0") == "0":
+            print(f"megagrin: error: {error}", file=sys.stderr)
+        return EXIT_USAGE
+    except KeyboardInterrupt:
+        print("megagrin: interrupted", file=sys.stderr)
+        return 130
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point of the `megagrin` command."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0 if argv else EXIT_USAGE
+    if argv[0] not in COMMANDS:
+        print(f"megagrin: error: {argv[0]}: no such command\n\n{usage()}", file=sys.stderr)
+        return EXIT_USAGE
+    return run_command(argv[0], argv[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,174 @@
+"""The native engine: FSDP2 data parallelism, expert parallelism, gradient accumulation, one clip norm, fused AdamW."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+
+from megagrin.data.loader import Batch
+from megagrin.models.init import init_parameters
+from megagrin.models.transformer import LayerStats, ModelConfig, Output, Transformer
+from megagrin.moe.balance import BalanceConfig, balance_loss, load_fraction
+from megagrin.moe.layer import TrainRouting
+from megagrin.moe.router import Draws, RouterConfig
+from megagrin.optim import OptimConfig, build_adamw, clip_gradients, gradient_norm
+from megagrin.parallel.mesh import ParallelMesh
+from megagrin.parallel.plan import parallelize
+
+_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """How the native engine computes.
+
+    Attributes:
+        dtype: dtype of matrix products. bf16 keeps fp32 master weights and reduces gradients in fp32; fp64 is for tests.
+        reshard_after_forward: free gathered parameters between forward and backward (less memory, one more all-gather).
+    """
+
+    dtype: Literal["bf16", "fp32", "fp64"] = "bf16"
+    reshard_after_forward: bool = True
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step came to, over the global batch and all ranks.
+
+    Attributes:
+        loss: mean cross entropy per labelled token, nats.
+        balance_loss: mean over layers of n · Σ f_i · P_i with this step's own counts, without its coefficient; 1 when balanced.
+        z_loss: mean over layers of the mean squared logsumexp, without its coefficient.
+        grad_norm: gradient norm before clipping.
+        counts_LE: rows per layer and expert, on the CPU; None in a dense model.
+    """
+
+    loss: float
+    balance_loss: float
+    z_loss: float
+    grad_norm: float
+    counts_LE: Tensor | None
+
+
+class NativeEngine:
+    """Owns model and optimizer and turns micro-batches into optimizer steps."""
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        router: RouterConfig,
+        balance: BalanceConfig,
+        optim: OptimConfig,
+        config: EngineConfig,
+        mesh: ParallelMesh,
+        device: torch.device,
+        seed: int,
+    ) -> None:
+        self.mesh, self.device, self.seed, self.optim_config = mesh, device, seed, optim
+        self.balance = balance
+        compute_dtype = _DTYPES[config.dtype]
+        with torch.device("meta"):
+            self.model = Transformer(model, router, balance).to(torch.promote_types(compute_dtype, torch.float32))
+        parallelize(self.model, mesh, compute_dtype, config.reshard_after_forward)
+        self.model.to_empty(device=device)
+        init_parameters(self.model, model, seed)
+        self.parameters = list(self.model.parameters())
+        self.optimizer = build_adamw(self.model, optim)
+        experts = max(1, model.n_experts)
+        # Load fractions of the last step, for balance scope `batch`; part of the checkpoint.
+        self.previous_f_LE = torch.full((model.n_layers, experts), 1 / experts, device=device)
+
+    def train_step(self, micro_batches: list[Batch], step: int, lr: float) -> StepResult:
+        """One optimizer step.
+
+        Args:
+            micro_batches: this rank's part of the global batch.
+            step: optimizer step, counted from 0.
+            lr: learning rate of this step.
+        """
+        batches = [batch.to(self.device) for batch in micro_batches]
+        routed, labelled = self._global_tokens(batches)
+        sums: list[Tensor] = []
+        for index, batch in enumerate(batches):
+            self._sync_gradients(index == len(batches) - 1)
+            draws = Draws(self.seed, step, batch.token_index_BS.flatten())
+            train = TrainRouting(draws, routed, self.previous_f_LE, self.mesh.dp_group)
+            output = self._forward(batch, train)
+            assert output.loss_sum is not None
+            (output.loss_sum / max(1, labelled)).backward()
+            sums.append(_pack(output))
+        norm = gradient_norm(self.parameters)
+        if not torch.isfinite(norm):
+            raise FloatingPointError(f"step {step + 1}: the gradient norm is {norm.item()}; the weights were not changed")
+        if self.optim_config.clip_norm > 0:
+            clip_gradients(self.parameters, norm, self.optim_config.clip_norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return self._result(torch.stack(sums).sum(0), routed, labelled, norm)
+
+    @torch.no_grad()
+    def evaluate(self, batches: list[Batch]) -> float:
+        """Mean cross entropy per labelled token over all ranks' batches, with deterministic routing.
+
+        Every rank must bring the same number of batches: sharded parameters are gathered by all ranks together.
+        """
+        total = torch.zeros(2, dtype=torch.float64, device=self.device)
+        for batch in (host.to(self.device) for host in batches):
+            output = self._forward(batch, None)
+            assert output.loss_sum is not None
+            total += torch.stack([output.loss_sum.double(), (batch.labels_BS != -100).sum().double()])
+        dist.all_reduce(total, group=self.mesh.dp_group)
+        return (total[0] / total[1].clamp_min(1)).item()
+
+    def _forward(self, batch: Batch, train: TrainRouting | None) -> Output:
+        return self.model(batch.tokens_BS, batch.labels_BS, batch.positions_BS, batch.documents_BS, train)
+
+    def _global_tokens(self, batches: list[Batch]) -> tuple[int, int]:
+        """Tokens, and tokens with a label, of the global batch."""
+        routed = sum(batch.tokens_BS.numel() for batch in batches)
+        labelled = torch.stack([(batch.labels_BS != -100).sum() for batch in batches]).sum()
+        both = torch.stack([torch.full_like(labelled, routed), labelled])
+        dist.all_reduce(both, group=self.mesh.dp_group)
+        return tuple(both.tolist())
+
+    def _sync_gradients(self, last: bool) -> None:
+        """Reduce gradients over ranks in the last micro-batch only; before that they accumulate in fp32."""
+        if isinstance(self.model, FSDPModule):
+            self.model.set_requires_gradient_sync(last)
+            self.model.set_is_last_backward(last)
+
+    def _result(self, sums: Tensor, routed: int, labelled: int, norm: Tensor) -> StepResult:
+        dist.all_reduce(sums, group=self.mesh.dp_group)
+        loss = sums[0].item() / max(1, labelled)
+        if not self.model.config.is_moe:
+            return StepResult(loss, 0.0, 0.0, norm.item(), None)
+        stats = _unpack(sums[1:], self.previous_f_LE.shape)
+        f_LE = load_fraction_by_layer(stats.counts_LE)
+        self.previous_f_LE.copy_(f_LE)
+        balance = balance_loss(f_LE, stats.prob_sum_LE / routed).mean().item()
+        z = (stats.z_sum_L / routed).mean().item()
+        return StepResult(loss, balance, z, norm.item(), stats.counts_LE.cpu())
+
+
+def load_fraction_by_layer(counts_LE: Tensor) -> Tensor:
+    """`load_fraction` of each layer, fp64."""
+    return torch.stack([load_fraction(counts_E, torch.float64) for counts_E in counts_LE])
+
+
+def _pack(output: Output) -> Tensor:
+    """Loss and statistics of a micro-batch as one fp64 vector: one all-reduce a step. Counts stay exact below 2^53."""
+    assert output.loss_sum is not None
+    parts = [output.loss_sum.detach().reshape(1)]
+    if output.stats is not None:
+        parts += [output.stats.counts_LE.flatten(), output.stats.prob_sum_LE.flatten(), output.stats.z_sum_L]
+    return torch.cat([part.double() for part in parts])
+
+
+def _unpack(vector: Tensor, shape: torch.Size) -> LayerStats:
+    counts, probs, z_sum_L = vector.split([shape.numel(), shape.numel(), shape[0]])
+    return LayerStats(counts.round().long().view(shape), probs.view(shape), z_sum_L)

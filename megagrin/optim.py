@@ -1,0 +1,127 @@
+"""AdamW, learning-rate schedules, and one true gradient norm over all placements."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Optimizer and schedule.
+
+    Attributes:
+        lr: peak learning rate.
+        min_lr_ratio: final learning rate as a fraction of lr.
+        schedule: cosine decays from warm-up to the end; wsd stays at the peak and decays linearly in the last decay_fraction of
+            the steps; constant stays.
+        warmup_steps: steps of linear warm-up from 0.
+        decay_fraction: wsd only.
+        beta1: AdamW's first moment.
+        beta2: AdamW's second moment.
+        eps: AdamW's epsilon.
+        weight_decay: decoupled decay of matrices; biases and norms have none.
+        clip_norm: largest gradient norm over all parameters; 0 switches clipping off.
+    """
+
+    lr: float = 3e-4
+    min_lr_ratio: float = 0.1
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    warmup_steps: int = 100
+    decay_fraction: float = 0.2
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip_norm: float = 1.0
+
+    def violations(self) -> list[str]:
+        """Every broken rule of this section, as `field: value and rule`."""
+        rules = [
+            ("lr", self.lr > 0, "must be positive"),
+            ("min_lr_ratio", 0 <= self.min_lr_ratio <= 1, "must lie in [0, 1]"),
+            ("warmup_steps", self.warmup_steps >= 0, "must not be negative"),
+            ("decay_fraction", 0 <= self.decay_fraction <= 1, "must lie in [0, 1]"),
+            ("beta1", 0 <= self.beta1 < 1, "must lie in [0, 1)"),
+            ("beta2", 0 <= self.beta2 < 1, "must lie in [0, 1)"),
+            ("eps", self.eps > 0, "must be positive"),
+            ("weight_decay", self.weight_decay >= 0, "must not be negative"),
+            ("clip_norm", self.clip_norm >= 0, "must not be negative (0 switches clipping off)"),
+        ]
+        return [f"optim.{name}: {getattr(self, name)} {rule}" for name, holds, rule in rules if not holds]
+
+
+def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
+    """Learning rate of optimizer step `step` (from 0) in a run of `steps`."""
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    floor = config.lr * config.min_lr_ratio
+    if config.schedule == "cosine":
+        progress = min(1.0, (step - config.warmup_steps) / max(1, steps - config.warmup_steps))
+        return floor + (config.lr - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+    if config.schedule == "wsd":
+        decay_steps = max(1, round(config.decay_fraction * steps))
+        progress = min(1.0, max(0.0, (step - (steps - decay_steps)) / decay_steps))
+        return config.lr + (floor - config.lr) * progress
+    return config.lr
+
+
+def local_tensor(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def build_adamw(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
+    """Fused AdamW with one group per (mesh, decay): a fused step takes tensors of one mesh only."""
+    groups: dict[tuple[object, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        decay = parameter.dim() > 1 and not name.endswith("norm.weight")
+        mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
+        groups.setdefault((mesh, decay), []).append(parameter)
+    return torch.optim.AdamW(
+        [{"params": params, "weight_decay": config.weight_decay if decay else 0.0} for (_, decay), params in groups.items()],
+        lr=config.lr,
+        betas=(config.beta1, config.beta2),
+        eps=config.eps,
+        fused=True,
+    )
+
+
+def _replicas(gradient: Tensor, world_size: int) -> int:
+    """How many ranks hold each element."""
+    if not isinstance(gradient, DTensor):
+        return world_size
+    mesh = gradient.device_mesh
+    sharded = [mesh.size(axis) for axis, placement in enumerate(gradient.placements) if placement.is_shard()]
+    return world_size // math.prod(sharded)
+
+
+def gradient_norm(parameters: list[nn.Parameter]) -> Tensor:
+    """Euclidean norm over every element of every gradient, each counted once, whatever its mesh and placement.
+
+    Returns:
+        fp64 scalar, equal on all ranks. A parameter without gradient counts as zero.
+    """
+    world_size = dist.get_world_size() if dist.is_initialized() else 1
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    locals_ = [local_tensor(gradient) for gradient in gradients]
+    total = torch.zeros((), dtype=torch.float64, device=locals_[0].device if locals_ else None)
+    if locals_:
+        # Squares are summed in fp64: in fp32 the sum of 10^10 small squares would stop growing.
+        norms = torch.stack(torch._foreach_norm(locals_, 2)).double()
+        replicas = [_replicas(gradient, world_size) for gradient in gradients]
+        total = (norms.square() / torch.tensor(replicas, dtype=torch.float64, device=norms.device)).sum()
+    if world_size > 1:
+        dist.all_reduce(total)
+    return total.sqrt()
+
+
+def clip_gradients(parameters: list[nn.Parameter], norm: Tensor, max_norm: float) -> None:
+    """Scale all gradients by min(1, max_norm / norm)."""
+    gradients = [local_tensor(parameter.grad) for parameter in parameters if parameter.grad is not None]
+    factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    torch._foreach_mul_(gradients, factor.to(gradients[0].dtype))

@@ -1,0 +1,26 @@
+"""Expert parallelism: experts split over the ep axis in consecutive blocks, tokens brought to them by all-to-all."""
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor, Shard
+
+from megagrin.models.transformer import Transformer
+from megagrin.moe.dispatch import AllToAllDispatch
+from megagrin.moe.layer import MoELayer
+from megagrin.parallel.mesh import ParallelMesh
+
+
+def moe_layers(model: nn.Module) -> list[MoELayer]:
+    """The model's MoE layers in order."""
+    return [module for module in model.modules() if isinstance(module, MoELayer)]
+
+
+def shard_experts(model: Transformer, mesh: ParallelMesh) -> None:
+    """Keep 1/ep of the experts on each rank, stored as DTensors on the ep axis; the model must be on the meta device."""
+    for layer in moe_layers(model):
+        for name, parameter in list(layer.experts.named_parameters()):
+            assert parameter.is_meta
+            local = torch.empty(parameter.shape[0] // mesh.ep.size(), *parameter.shape[1:], dtype=parameter.dtype, device="meta")
+            sharded = DTensor.from_local(local, mesh.ep, [Shard(0)], run_check=False)
+            layer.experts.register_parameter(name, nn.Parameter(sharded))
+        layer.token_dispatch = AllToAllDispatch(model.config.n_experts, mesh.ep.get_group())

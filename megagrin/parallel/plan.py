@@ -1,0 +1,22 @@
+"""From a plain model to one that runs on the mesh: one ordered list, one line per dimension."""
+
+import torch
+
+from megagrin.models.transformer import Transformer
+from megagrin.parallel.data import shard_data_parallel
+from megagrin.parallel.expert import shard_experts
+from megagrin.parallel.mesh import ParallelMesh
+
+
+def parallelize(model: Transformer, mesh: ParallelMesh, compute_dtype: torch.dtype, reshard: bool) -> None:
+    """Apply every parallel dimension in place.
+
+    Args:
+        model: on the meta device.
+        mesh: the job's meshes.
+        compute_dtype: dtype of matrix products.
+        reshard: see `shard_data_parallel`.
+    """
+    if mesh.ep.size() > 1:
+        shard_experts(model, mesh)
+    shard_data_parallel(model, mesh, compute_dtype, reshard)

@@ -1,0 +1,236 @@
+"""Everything a run is made of: the composed configuration, its cross-section rules, and the parts built from it."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megagrin import checkpoint, config
+from megagrin.checkpoint import CheckpointConfig, CheckpointInfo
+from megagrin.data.loader import Batch, DataConfig, GlobalBatches, evaluation_batches
+from megagrin.engines.native import EngineConfig, NativeEngine
+from megagrin.metrics import MetricsConfig
+from megagrin.models.grin import PRESETS
+from megagrin.models.transformer import ModelConfig
+from megagrin.moe.balance import BalanceConfig
+from megagrin.moe.router import RouterConfig
+from megagrin.optim import OptimConfig
+from megagrin.parallel.mesh import ParallelConfig, build_mesh
+from megagrin.runtime import Runtime, RuntimeConfig
+
+DESCRIPTION = f"""Train a model. Start more than one process with torchrun (see launch/).
+
+Presets for model.preset: {", ".join(PRESETS)}. A run folder that holds a checkpoint is continued from its newest one."""
+
+# What a resumed run may not change: another model cannot take the weights, and another batch or seed would be another run.
+FIXED_ON_RESUME = (
+    "model",
+    "router",
+    "train.seed",
+    "train.seq_len",
+    "train.global_batch_size",
+    "data.shuffle",
+    "data.document_attention",
+)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The run.
+
+    Attributes:
+        run_dir: folder of everything the run writes; it continues from the newest checkpoint there.
+        steps: optimizer steps.
+        seq_len: tokens per sequence.
+        global_batch_size: sequences per optimizer step, over all ranks.
+        micro_batch_size: sequences per forward pass and rank.
+        seed: of initial weights, sample order and sampled routing.
+        eval_interval: optimizer steps between evaluations; 0 evaluates only at the end. Evaluation needs data.valid.
+        eval_samples: sequences per evaluation, over all ranks.
+        init_from: checkpoint or run folder to take weights from (weights only) when the run has no checkpoint of its own.
+        allow_forced_balance: accept router.forced_balance, which makes routing meaningless; for benchmarks.
+    """
+
+    run_dir: str = "runs/default"
+    steps: int = 1000
+    seq_len: int = 1024
+    global_batch_size: int = 32
+    micro_batch_size: int = 4
+    seed: int = 0
+    eval_interval: int = 100
+    eval_samples: int = 64
+    init_from: str | None = None
+    allow_forced_balance: bool = False
+
+    def violations(self) -> list[str]:
+        """Every broken rule of this section, as `field: value and rule`."""
+        broken = [
+            f"train.{name}: {getattr(self, name)} must be at least 1"
+            for name in ("steps", "seq_len", "global_batch_size", "micro_batch_size", "eval_samples")
+            if getattr(self, name) < 1
+        ]
+        if not 0 <= self.seed < 1 << 63:
+            broken.append(f"train.seed: {self.seed} must lie in [0, 2^63)")
+        if self.eval_interval < 0:
+            broken.append(f"train.eval_interval: {self.eval_interval} must not be negative")
+        return broken
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A complete run; each section is documented beside the code it turns."""
+
+    train: TrainConfig = field(default_factory=TrainConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    router: RouterConfig = field(default_factory=RouterConfig)
+    balance: BalanceConfig = field(default_factory=BalanceConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+
+    def violations(self, world_size: int) -> list[str]:
+        """Every broken rule of every section, and of sections together, for a number of ranks."""
+        sections = (self.train, self.model, self.router, self.balance, self.optim, self.checkpoint, self.runtime)
+        broken = [rule for section in sections for rule in section.violations()]
+        broken += self.parallel.violations(world_size, self.model.n_experts)
+        train = self.train
+        if min(train.global_batch_size, train.micro_batch_size) >= 1 and train.global_batch_size % (
+            world_size * train.micro_batch_size
+        ):
+            broken.append(
+                f"train.global_batch_size: {train.global_batch_size} must be a multiple of "
+                f"ranks × train.micro_batch_size ({world_size} × {train.micro_batch_size})"
+            )
+        if train.eval_samples >= 1 and train.eval_samples % world_size:
+            broken.append(f"train.eval_samples: {train.eval_samples} must be a multiple of the number of ranks ({world_size})")
+        if train.seq_len > self.model.max_positions:
+            broken.append(f"train.seq_len: {train.seq_len} must not exceed model.max_positions ({self.model.max_positions})")
+        if self.router.forced_balance and not train.allow_forced_balance:
+            broken.append(
+                "router.forced_balance: true ignores the router and is for benchmarks; "
+                "set train.allow_forced_balance=true to train with it all the same"
+            )
+        if self.data.train is None:
+            broken.append("data.train: the prefix of a token file (made by `megagrin data tokenize`) must be given")
+        return broken
+
+
+def _preset_defaults(peek: Callable[[str], str | None]) -> dict[str, Any]:
+    name = peek("model.preset")
+    if name is None:
+        return {}
+    if name not in PRESETS:
+        raise ValueError(f"model.preset: {name} is none of {', '.join(PRESETS)}")
+    return {f"model.{key}": value for key, value in dataclasses.asdict(PRESETS[name]).items()}
+
+
+def parse_config(argv: list[str], extra: Callable[[Any], None] | None = None) -> tuple[RunConfig, Any]:
+    """Recipe files and overrides to a configuration; rules are not checked yet, see `RunConfig.violations`."""
+    return config.parse(RunConfig, argv, "megagrin train", DESCRIPTION, _preset_defaults, extra)
+
+
+class Trainer:
+    """Builds a run's parts and moves them between memory and disk. The loop itself is in megagrin/train.py."""
+
+    def __init__(self, run: RunConfig, runtime: Runtime) -> None:
+        self.run, self.runtime = run, runtime
+        self.run_dir = Path(run.train.run_dir)
+        self.mesh = build_mesh(run.parallel, runtime.device.type)
+        assert run.data.train is not None
+        common = {"seq_len": run.train.seq_len, "vocab_size": run.model.vocab_size, "dp_rank": self.mesh.dp_rank}
+        self.batches = GlobalBatches(
+            run.data,
+            run.data.train,
+            global_batch_size=run.train.global_batch_size,
+            micro_batch_size=run.train.micro_batch_size,
+            dp_size=runtime.world_size,
+            seed=run.train.seed,
+            **common,
+        )
+        self.valid: list[Batch] = []
+        if run.data.valid is not None:
+            self.valid = evaluation_batches(
+                run.data,
+                run.data.valid,
+                samples=run.train.eval_samples,
+                micro_batch_size=run.train.micro_batch_size,
+                dp_size=runtime.world_size,
+                **common,
+            )
+        self.engine = NativeEngine(
+            run.model, run.router, run.balance, run.optim, run.engine, self.mesh, runtime.device, run.train.seed
+        )
+
+    def resume(self) -> int:
+        """Continue from the newest checkpoint of the run folder, or take weights from train.init_from.
+
+        Returns:
+            Optimizer steps already done.
+
+        Raises:
+            ValueError: the checkpoint belongs to another model, seed or batch.
+        """
+        found = checkpoint.checkpoints(self.run_dir)
+        if found:
+            info = checkpoint.read_info(found[-1])
+            self._refuse_changes(info, found[-1])
+            checkpoint.load(found[-1], self.engine.model, self.engine.optimizer, self._extra(), info.step)
+            return info.step
+        if self.run.train.init_from is not None:
+            source = checkpoint.find(Path(self.run.train.init_from))
+            saved = checkpoint.read_info(source).run["model"]
+            changes = config.changed_fields(saved, dataclasses.asdict(self.run.model))
+            if changes := [change for change in changes if not change.startswith("preset:")]:
+                raise ValueError(f"train.init_from: {source} holds another model: {'; '.join(changes)}")
+            checkpoint.load(source, self.engine.model, None, {}, 0)
+        return 0
+
+    def save(self, step: int) -> Path:
+        """Commit a checkpoint after `step` optimizer steps and delete what is not kept."""
+        info = CheckpointInfo(step, step * self.run.train.global_batch_size, dataclasses.asdict(self.run))
+        path = checkpoint.save(self.run_dir, self.engine.model, self.engine.optimizer, self._extra(), info)
+        if self.runtime.is_main:
+            checkpoint.prune(self.run_dir, self.run.checkpoint.keep)
+        return path
+
+    def evaluate(self) -> float:
+        """Mean cross entropy over the validation samples, nats per token."""
+        return self.engine.evaluate(self.valid)
+
+    def _extra(self) -> dict[str, torch.Tensor]:
+        return {"previous_load": self.engine.previous_f_LE}
+
+    def _refuse_changes(self, info: CheckpointInfo, path: Path) -> None:
+        changes = config.changed_fields(info.run, dataclasses.asdict(self.run))
+        fixed = [change for change in changes if change.startswith(FIXED_ON_RESUME) and not change.startswith("model.preset:")]
+        if fixed:
+            raise ValueError(
+                f"train.run_dir: {path} was trained with other settings ({'; '.join(fixed)}); "
+                "take another run_dir, or the old settings"
+            )
+
+
+def describe(run: RunConfig, world_size: int) -> str:
+    """What a run would be, in a few lines."""
+    total, active = run.model.parameter_counts()
+    train = run.train
+    accumulation = train.global_batch_size // (world_size * train.micro_batch_size)
+    tokens = train.global_batch_size * train.seq_len
+    edp = world_size // run.parallel.ep
+    digits = max(0, 3 - int(math.log10(max(1, total / 1e6))))
+    return "\n".join(
+        [
+            f"model    {run.model.preset}: {total / 1e6:.{digits}f}M parameters, {active / 1e6:.{digits}f}M active per token",
+            f"layout   {world_size} ranks: dp {world_size}; experts ep {run.parallel.ep} × edp {edp}",
+            f"batch    {tokens:,} tokens = {train.global_batch_size} sequences of {train.seq_len}, {accumulation} micro-batches a rank",
+            f"length   {train.steps} steps, {train.steps * tokens:,} tokens",
+        ]
+    )
