@@ -1,0 +1,52 @@
+# Two commands matter: `make quickstart` and `make test`. Both set the environment up first.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: help setup quickstart control test test-slow test-all lint format types bench clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(READY)  ## create the virtual environment
+
+# torch first and by its constraint: see constraints.txt.
+$(READY): setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "megagrin: error: $(PYTHON) must be Python 3.11 or newer"; exit 2; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV) (once; a few minutes)"
+	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	@touch $@
+
+quickstart: setup  ## real text in, a trained GRIN model out: curves, sample, Hugging Face export
+	@launch/quickstart.sh
+
+control: setup  ## the quickstart's training on shuffled labels: the loss must not fall
+	@launch/quickstart.sh --shuffle-labels
+
+test: setup  ## the fast suite, under 10 minutes on 2 cores
+	@$(BIN)/python -m pytest -m 'not slow and not gpu'
+
+test-slow: setup  ## the long suites
+	@$(BIN)/python -m pytest -m 'slow and not gpu' --timeout 900
+
+test-all: test test-slow  ## everything that needs no GPU
+
+lint: setup  ## ruff and shellcheck
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check --quiet .
+	@$(BIN)/shellcheck launch/*.sh launch/*.sbatch .ci/run tests/launch/*.sh
+
+format: setup  ## rewrite files in the project's format
+	@$(BIN)/ruff check --fix --quiet . ; $(BIN)/ruff format --quiet .
+
+types: setup  ## mypy
+	@$(BIN)/mypy
+
+bench: setup  ## CPU benchmark against transformers
+	@$(BIN)/python benchmarks/cpu_vs_transformers.py
+
+clean:  ## remove runs and caches, keep the environment
+	@rm -rf runs .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info

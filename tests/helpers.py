@@ -1,0 +1,100 @@
+"""One pool of gloo processes for all distributed tests: starting torch takes seconds, a case takes milliseconds."""
+
+import multiprocessing
+import os
+import queue
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+POOL_SIZE = 4
+CASE_TIMEOUT_S = 120.0
+
+
+def _worker(rank: int, tasks: Any, results: Any, path: list[str]) -> None:
+    os.environ["OMP_NUM_THREADS"] = "1"
+    sys.path[:] = path
+    import datetime
+
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    while True:
+        function, args, world_size, store_path = tasks.get()
+        try:
+            store = dist.FileStore(store_path, world_size)
+            timeout = datetime.timedelta(seconds=CASE_TIMEOUT_S / 2)
+            dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timeout)
+            try:
+                value = function(*args)
+                dist.barrier()
+            finally:
+                dist.destroy_process_group()
+            results.put((rank, True, value))
+        except BaseException:
+            results.put((rank, False, traceback.format_exc()))
+
+
+class GlooPool:
+    """Runs functions on 1 to POOL_SIZE ranks; a case that fails or hangs costs the processes, not the session."""
+
+    def __init__(self) -> None:
+        self._processes: list[BaseProcess] = []
+        self._tasks: list[Any] = []
+        self._results: Any = None
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._results = context.Queue()
+        self._tasks = [context.Queue() for _ in range(POOL_SIZE)]
+        for rank, tasks in enumerate(self._tasks):
+            process = context.Process(target=_worker, args=(rank, tasks, self._results, list(sys.path)), daemon=True)
+            process.start()
+            self._processes.append(process)
+
+    def close(self) -> None:
+        """Kill the processes."""
+        for process in self._processes:
+            process.kill()
+        for process in self._processes:
+            process.join(10)
+        self._processes = []
+
+    def run(self, world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """Call `function(*args)` on every rank of a fresh gloo group.
+
+        Args:
+            world_size: 1 to POOL_SIZE.
+            function: a module-level function.
+            args: picklable.
+
+        Returns:
+            What each rank returned, by rank.
+
+        Raises:
+            AssertionError: a rank raised or did not answer in time; holds its traceback.
+        """
+        assert 1 <= world_size <= POOL_SIZE
+        if not self._processes:
+            self._start()
+        values: dict[int, Any] = {}
+        with tempfile.TemporaryDirectory() as folder:
+            for rank in range(world_size):
+                self._tasks[rank].put((function, args, world_size, str(Path(folder) / "store")))
+            try:
+                while len(values) < world_size:
+                    rank, ok, value = self._results.get(timeout=CASE_TIMEOUT_S)
+                    if not ok:
+                        self.close()
+                        raise AssertionError(f"rank {rank} of {world_size} failed:\n{value}")
+                    values[rank] = value
+            except queue.Empty:
+                silent = sorted(set(range(world_size)) - values.keys())
+                self.close()
+                raise AssertionError(f"ranks {silent} of {world_size} did not answer within {CASE_TIMEOUT_S} s") from None
+        return [values[rank] for rank in range(world_size)]
