@@ -144,7 +144,7 @@ with MetricsLogger(MetricsConfig(console=False), sys.argv[1], {}, 0) as logger:
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", script, str(tmp_path)]
     ended = subprocess.run(command, env=environment, timeout=120, capture_output=True, text=True, check=False)
-    assert "metrics.jsonl, step 4: wrote 10 of 30 bytes" in ended.stderr
+    assert "metrics.jsonl, step 4: wrote 19 of 27 bytes" in ended.stderr
     assert steps_in(tmp_path / "metrics.jsonl") == [1, 2, 3]
 
 

@@ -157,7 +157,7 @@ tracker.close(timeout=0.05)
 
 
 def test_real_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    pytest.importorskip("wandb")
+    wandb = pytest.importorskip("wandb")
     for name in [name for name in os.environ if name.startswith("WANDB")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
@@ -171,6 +171,7 @@ def test_real_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
         assert not caplog.records
         assert run_id in (None, (tmp_path / "wandb" / "run_id").read_text())
         run_id = (tmp_path / "wandb" / "run_id").read_text()
+    wandb.teardown()  # ends the process wandb keeps for its runs
     files = list((tmp_path / "wandb").glob(f"offline-run-*-{run_id.strip()}/*.wandb"))
     assert files
     assert all(file.stat().st_size > 0 for file in files)
