@@ -148,7 +148,8 @@ class WandbTracker:
     `dropped`); an error ends the thread with one warning. metrics.jsonl still holds every row.
 
     Args:
-        mode: "offline" writes files to be uploaded later with `wandb sync`; "online" uploads while running.
+        mode: "offline" writes files to be uploaded later with `wandb sync`; "online" uploads while running, and does as
+            "offline" without a key.
         project: wandb's project.
         name: the run's name in wandb.
         run_dir: files go to `run_dir`/wandb; the run id is kept in `run_dir`/wandb/run_id, so that a resumed run
@@ -214,11 +215,16 @@ class WandbTracker:
     def _start(self) -> Any:
         import wandb
 
+        mode = self._mode
+        # Without a key wandb.init would ask for one on the terminal, from under the progress bar.
+        if mode == "online" and not wandb.login(prompt=False):
+            log.warning("wandb has no API key: rows are kept in %s for `wandb sync`", self._run_dir / "wandb")
+            mode = "offline"
         # console: wandb must not wrap this process's output. finish_timeout also bounds wandb's own atexit hook, which
         # otherwise holds the process until every upload is through; what is not uploaded stays on disk.
         settings = {"console": "off", "silent": True, "finish_timeout": _WANDB_CLOSE_SECONDS}
         run = wandb.init(
-            mode=self._mode,
+            mode=mode,
             project=self._project,
             name=self._name,
             id=self._run_id(),

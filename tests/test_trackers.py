@@ -148,7 +148,7 @@ def hang(**_):
     threading.Event().wait()
 sys.modules["wandb"] = types.ModuleType("wandb")
 sys.modules["wandb"].init = hang
-tracker = WandbTracker("online", "project", "name", Path(sys.argv[1]), {})
+tracker = WandbTracker("offline", "project", "name", Path(sys.argv[1]), {})
 tracker.log(1, {"loss": 1.0})
 tracker.close(timeout=0.05)
 """
@@ -156,23 +156,27 @@ tracker.close(timeout=0.05)
     subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True, timeout=120, env=environment)
 
 
-def test_real_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_real_wandb_keeps_files_offline_and_without_a_key(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     wandb = pytest.importorskip("wandb")
-    for name in [name for name in os.environ if name.startswith("WANDB")]:
+    for name in [name for name in os.environ if name.startswith("WANDB") or name == "NETRC"]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
-    run_id = None
-    for first, last in ((1, 3), (3, 5)):
-        tracker = WandbTracker("offline", "project", "name", tmp_path, {"lr": 0.1})
+    monkeypatch.setenv("HOME", str(tmp_path))  # no credentials of whoever runs the test
+    ids = set()
+    for mode, first in (("online", 1), ("offline", 3)):
+        tracker = WandbTracker(mode, "project", "name", tmp_path, {"lr": 0.1})
         with caplog.at_level(logging.WARNING):
-            for step in range(first, last + 1):
+            for step in range(first, first + 3):
                 tracker.log(step, {"loss": 1.0 / step})
             tracker.close(timeout=60)
-        assert not caplog.records
-        assert run_id in (None, (tmp_path / "wandb" / "run_id").read_text())
-        run_id = (tmp_path / "wandb" / "run_id").read_text()
+        ids.add((tmp_path / "wandb" / "run_id").read_text().strip())
+    assert len(caplog.records) == 1
+    assert "wandb has no API key" in caplog.text
+    (run_id,) = ids
     wandb.teardown()  # ends the process wandb keeps for its runs
-    files = list((tmp_path / "wandb").glob(f"offline-run-*-{run_id.strip()}/*.wandb"))
+    files = list((tmp_path / "wandb").glob(f"offline-run-*-{run_id}/*.wandb"))
     assert files
     assert all(file.stat().st_size > 0 for file in files)
 
