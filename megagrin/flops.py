@@ -31,7 +31,7 @@ def forward_flops_per_token(
     attention       n_layers · 2 · d_model · head_dim · (2 · n_heads + 2 · n_kv_heads): q, o and k, v
     attention_core  n_layers · 4 · n_heads · head_dim · keys: scores and their sum over values
     experts         n_layers · top_k · 6 · d_model · d_ff: the three matrices of SwiGLU
-    router          n_layers · 2 · d_model · n_experts; none with a single expert
+    router          n_layers · 2 · d_model · n_experts; none in a dense model
     lm_head         2 · d_model · vocab_size
     ==============  ===========================================================================
 
@@ -39,15 +39,15 @@ def forward_flops_per_token(
     min(position + 1, window). Lookups, norms, softmax, activations and document boundaries are not counted.
 
     Args:
-        n_experts: 0 or 1 for a dense model.
-        top_k: experts per token; 1 for a dense model.
+        n_experts: 0 for a dense model.
+        top_k: experts per token; has no meaning in a dense model.
         window: keys that a query attends to at most, its own included; None for all earlier ones.
 
     Raises:
-        ValueError: top_k is not in [1, max(n_experts, 1)], or window or seq_len is below 1.
+        ValueError: top_k is not in [1, n_experts], or window or seq_len is below 1.
     """
-    if not 1 <= top_k <= max(n_experts, 1):
-        raise ValueError(f"top_k: {top_k} must lie in [1, {max(n_experts, 1)}], the number of experts")
+    if n_experts and not 1 <= top_k <= n_experts:
+        raise ValueError(f"top_k: {top_k} must lie in [1, n_experts = {n_experts}]")
     if seq_len < 1 or (window is not None and window < 1):
         raise ValueError(f"seq_len: {seq_len} and window: {window} must be at least 1")
     reach = seq_len if window is None else min(window, seq_len)
@@ -55,8 +55,8 @@ def forward_flops_per_token(
     return {
         "attention": n_layers * 2.0 * d_model * head_dim * (2 * n_heads + 2 * n_kv_heads),
         "attention_core": n_layers * 4.0 * n_heads * head_dim * keys,
-        "experts": n_layers * top_k * 6.0 * d_model * d_ff,
-        "router": n_layers * 2.0 * d_model * n_experts if n_experts > 1 else 0.0,
+        "experts": n_layers * (top_k if n_experts else 1) * 6.0 * d_model * d_ff,
+        "router": n_layers * 2.0 * d_model * n_experts,
         "lm_head": 2.0 * d_model * vocab_size,
     }
 

@@ -52,7 +52,7 @@ class Block(nn.Module):
         self.k = nn.Linear(d_model, shape["n_kv_heads"] * width)
         self.v = nn.Linear(d_model, shape["n_kv_heads"] * width)
         self.o = nn.Linear(shape["n_heads"] * width, d_model)
-        self.router = nn.Linear(d_model, shape["n_experts"], bias=False) if shape["n_experts"] > 1 else None
+        self.router = nn.Linear(d_model, shape["n_experts"], bias=False) if shape["n_experts"] else None
         self.experts = nn.ModuleList(
             nn.ModuleDict(
                 {
@@ -68,12 +68,8 @@ class Block(nn.Module):
         batch, seq, _ = x_BSD.shape
         heads, kv_heads, width = self.shape["n_heads"], self.shape["n_kv_heads"], self.shape["head_dim"]
         q_BHSK = self.q(x_BSD).view(batch, seq, heads, width).transpose(1, 2)
-        k_BHSK = (
-            self.k(x_BSD).view(batch, seq, kv_heads, width).transpose(1, 2).repeat_interleave(heads // kv_heads, dim=1)
-        )
-        v_BHSK = (
-            self.v(x_BSD).view(batch, seq, kv_heads, width).transpose(1, 2).repeat_interleave(heads // kv_heads, dim=1)
-        )
+        k_BHSK = self.k(x_BSD).view(batch, seq, kv_heads, width).transpose(1, 2).repeat_interleave(heads // kv_heads, dim=1)
+        v_BHSK = self.v(x_BSD).view(batch, seq, kv_heads, width).transpose(1, 2).repeat_interleave(heads // kv_heads, dim=1)
         scores_BHSS = (q_BHSK @ k_BHSK.transpose(2, 3)).masked_fill(~allowed_SS, float("-inf"))
         return self.o((scores_BHSS.softmax(-1) @ v_BHSK).transpose(1, 2).reshape(batch, seq, heads * width))
 
@@ -118,8 +114,13 @@ def counted_training_flops(shape: dict[str, int], batch: int) -> int:
 
 @pytest.mark.parametrize(
     "shape",
-    [SMALL, SMALL | {"n_experts": 1, "top_k": 1, "window": None}, SMALL | {"n_kv_heads": 4, "top_k": 5, "window": 40}],
-    ids=["moe", "dense", "every-expert"],
+    [
+        SMALL,
+        SMALL | {"n_experts": 0, "window": None},
+        SMALL | {"n_experts": 1, "top_k": 1},
+        SMALL | {"n_kv_heads": 4, "top_k": 5, "window": 40},
+    ],
+    ids=["moe", "dense", "one-expert", "every-expert"],
 )
 def test_flops_agree_with_torch_counter(shape: dict[str, int]) -> None:
     batch = 3
@@ -147,7 +148,7 @@ def test_grin_takes_six_flops_per_active_parameter_and_the_core() -> None:
     assert parameters + 32064 * 4096 == pytest.approx(6.6e9, rel=0.01)
 
 
-@pytest.mark.parametrize("change", [{"top_k": 0}, {"top_k": 6}, {"window": 0}, {"n_experts": 1, "top_k": 2}])
+@pytest.mark.parametrize("change", [{"top_k": 0}, {"top_k": 6}, {"window": 0}, {"n_experts": 1}])
 def test_flops_refuse_impossible_shapes(change: dict[str, int]) -> None:
     with pytest.raises(ValueError, match=next(iter(change)) if "n_experts" not in change else "top_k"):
         flops_per_token(**SMALL | change)

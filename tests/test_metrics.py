@@ -215,8 +215,7 @@ def test_row_format() -> None:
         "mfu": 0.4,
     }
     assert format_row(3, record, 10, 3661.2) == (
-        "step 3/10 | loss 2.3457 | lr 3.000e-04 | grad norm 1.000 | max load 0.250 | "
-        "12,346 tokens/s | MFU 40.0% | ETA 1:01:01"
+        "step 3/10 | loss 2.3457 | lr 3.000e-04 | grad norm 1.000 | max load 0.250 | 12,346 tokens/s | MFU 40.0% | ETA 1:01:01"
     )
     assert format_row(3, {"valid_loss": 2.0, "accuracy": 0.5}) == "step 3 | valid loss 2.0000 | accuracy 0.5"
 

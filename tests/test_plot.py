@@ -67,10 +67,7 @@ def test_expert_load_picture_shows_the_load(tmp_path: Path) -> None:
 
 
 def test_heat_map_averages_the_last_rows_only() -> None:
-    rows = [
-        {"step": step, "load": [[share, 1 - share]], "load_max": [share]}
-        for step, share in ((1, 1.0), (2, 0.75), (3, 0.5))
-    ]
+    rows = [{"step": step, "load": [[share, 1 - share]], "load_max": [share]} for step, share in ((1, 1.0), (2, 0.75), (3, 0.5))]
     heat_map = plot_expert_load(rows, "run", last=2).axes[0].images[0]
     assert np.asarray(heat_map.get_array()).tolist() == [[0.625, 0.375]]
     assert heat_map.norm.vcenter == 0.5

@@ -78,9 +78,7 @@ def test_wandb_that_raises_is_named_once_and_training_goes_on(
     with caplog.at_level(logging.WARNING):
         run_steps(tmp_path)
     assert_all_rows(tmp_path)
-    assert [record.getMessage() for record in caplog.records] == [
-        "wandb is off for this run: ConnectionError: no route to host"
-    ]
+    assert [record.getMessage() for record in caplog.records] == ["wandb is off for this run: ConnectionError: no route to host"]
 
 
 @pytest.mark.parametrize("error", [RuntimeError("socket closed"), SystemExit(1)])
@@ -102,9 +100,7 @@ def test_wandb_that_fails_later_is_named_once(
     assert [record.name for record in caplog.records] == ["megagrin.trackers"]
 
 
-def test_missing_wandb_names_the_extra(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_missing_wandb_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
     with caplog.at_level(logging.WARNING):
         run_steps(tmp_path)
