@@ -122,9 +122,7 @@ def _loss_panel(axis: "Axes", rows: Rows, title: str) -> None:
     broken_N = step_N[~np.isfinite(loss_N)]
     if len(broken_N):
         height_N = np.full(len(broken_N), 0.03)
-        axis.plot(
-            broken_N, height_N, "x", color=_RED, transform=axis.get_xaxis_transform(), label="training, not finite"
-        )
+        axis.plot(broken_N, height_N, "x", color=_RED, transform=axis.get_xaxis_transform(), label="training, not finite")
     _leave_out_start(axis, loss_N, mean_N, valid_N)
     axis.set_ylabel("loss (nats per token)")
     axis.set_title(title, loc="left", fontweight="bold")

@@ -95,9 +95,7 @@ class ConsoleTracker:
         self._marks: deque[tuple[int, float]] = deque(maxlen=100)  # recent steps: the pace changes with the layout
         self._bar: Progress | None = None
         if self._console.is_terminal:
-            text = TextColumn(
-                "{task.fields[row]}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis")
-            )
+            text = TextColumn("{task.fields[row]}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis"))
             # Two redraws a second in rich's own thread, whatever the step time.
             self._bar = Progress(BarColumn(bar_width=20), text, console=self._console, refresh_per_second=2)
             self._task = self._bar.add_task("", total=total_steps, row="waiting for the first step")
@@ -194,9 +192,7 @@ class WandbTracker:
         self._rows.put(None)
         self._thread.join(timeout)
         if self._thread.is_alive():
-            log.warning(
-                "wandb did not finish in %g s and is left behind, with %d rows", timeout, self._rows.qsize() - 1
-            )
+            log.warning("wandb did not finish in %g s and is left behind, with %d rows", timeout, self._rows.qsize() - 1)
         if self.dropped:
             log.warning("wandb is missing %d rows of this run; metrics.jsonl holds all of them", self.dropped)
 
