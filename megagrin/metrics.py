@@ -64,7 +64,8 @@ class MetricsConfig:
     wandb_name: str | None = None
     peak_tflops: float | None = None
 
-    def __post_init__(self) -> None:
+    def violations(self) -> list[str]:
+        """Every broken rule of this section, as `field: value and rule`."""
         broken = [
             f"metrics.{name}: {value} must be at least 1"
             for name, value in (("log_interval", self.log_interval), ("load_interval", self.load_interval))
@@ -72,8 +73,7 @@ class MetricsConfig:
         ]
         if self.peak_tflops is not None and not 0 < self.peak_tflops < math.inf:
             broken.append(f"metrics.peak_tflops: {self.peak_tflops} must be a positive number")
-        if broken:
-            raise ValueError("; ".join(broken))
+        return broken
 
 
 def expert_load(counts_LE: Tensor) -> tuple[Tensor, Tensor, Tensor]:

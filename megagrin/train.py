@@ -54,7 +54,7 @@ def train(run: RunConfig, runtime: Runtime) -> None:
         print(describe(run, runtime.world_size), flush=True)
         if start:
             print(f"resumed  after step {start}", flush=True)
-    logger = MetricsLogger(run.metrics, run_dir, dataclasses.asdict(run), start) if runtime.is_main else None
+    logger = MetricsLogger(run.metrics, run_dir, dataclasses.asdict(run), start, run.train.steps) if runtime.is_main else None
     rates = _Rates(run, runtime)
     saved = start
     try:
@@ -120,7 +120,8 @@ class _Rates:
             window=model.window,
         )
         dtype = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}[run.engine.dtype]
-        peak = run.metrics.peak_tflops * 1e12 if run.metrics.peak_tflops else peak_flops(self.device, dtype)
+        # On rank 0 only: an unknown device is measured, and ranks that share a CPU would measure each other.
+        peak = peak_flops(self.device, dtype, run.metrics.peak_tflops) if runtime.is_main else float("inf")
         self.mfu_per_rate = per_token / (peak * runtime.world_size)
         self.last = time.perf_counter()
 

@@ -98,7 +98,8 @@ class RunConfig:
 
     def violations(self, world_size: int) -> list[str]:
         """Every broken rule of every section, and of sections together, for a number of ranks."""
-        sections = (self.train, self.model, self.router, self.balance, self.optim, self.checkpoint, self.runtime)
+        sections = (self.train, self.model, self.router, self.balance, self.optim, self.checkpoint)
+        sections += (self.metrics, self.runtime)
         broken = [rule for section in sections for rule in section.violations()]
         broken += self.parallel.violations(world_size, self.model.n_experts)
         train = self.train
@@ -109,8 +110,6 @@ class RunConfig:
                 f"train.global_batch_size: {train.global_batch_size} must be a multiple of "
                 f"ranks × train.micro_batch_size ({world_size} × {train.micro_batch_size})"
             )
-        if train.eval_samples >= 1 and train.eval_samples % world_size:
-            broken.append(f"train.eval_samples: {train.eval_samples} must be a multiple of the number of ranks ({world_size})")
         if train.seq_len > self.model.max_positions:
             broken.append(f"train.seq_len: {train.seq_len} must not exceed model.max_positions ({self.model.max_positions})")
         if self.router.forced_balance and not train.allow_forced_balance:
@@ -230,7 +229,7 @@ def describe(run: RunConfig, world_size: int) -> str:
         [
             f"model    {run.model.preset}: {total / 1e6:.{digits}f}M parameters, {active / 1e6:.{digits}f}M active per token",
             f"layout   {world_size} ranks: dp {world_size}; experts ep {run.parallel.ep} × edp {edp}",
-            f"batch    {tokens:,} tokens = {train.global_batch_size} sequences of {train.seq_len}, {accumulation} micro-batches a rank",
+            f"batch    {tokens:,} tokens: {train.global_batch_size} sequences of {train.seq_len}, {accumulation} micro-batches a rank",
             f"length   {train.steps} steps, {train.steps * tokens:,} tokens",
         ]
     )

@@ -1,7 +1,7 @@
 """From parallel degrees to named device meshes: the only place where ranks are computed.
 
-Attention and everything dense runs on the axis (dp), experts on the axes (edp, ep) over the same ranks: dp = edp · ep. Consecutive
-ranks form an expert-parallel group, so that its all-to-all stays inside a node where the degree allows.
+Attention and everything dense runs on the axis (dp), experts on the axes (edp, ep) over the same ranks, dp = edp · ep.
+Consecutive ranks form an expert-parallel group, so that its all-to-all stays inside a node where the degree allows.
 """
 
 from dataclasses import dataclass
