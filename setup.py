@@ -9,7 +9,7 @@ from setuptools import find_namespace_packages, setup
 HF = ["transformers>=5.0"]
 TEST = ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6", "ruff>=0.9", "mypy>=1.14", "pre-commit>=4", "types-PyYAML"]
 DEEPSPEED = ["deepspeed>=0.19"]
-WANDB = ["wandb>=0.25"]
+WANDB = ["wandb>=0.31"]
 PLOT = ["matplotlib>=3.9"]
 TENSORBOARD = ["tensorboard>=2.18"]
 
@@ -26,7 +26,7 @@ setup(
         "numpy>=1.26",
         "sentencepiece>=0.2.1",
         "safetensors>=0.5",
-        "jsonargparse>=4.40",
+        "jsonargparse>=4.49",
         "PyYAML>=6",
         "rich>=13",
     ],

@@ -57,7 +57,7 @@ def parse(
         parser.set_defaults(defaults(lambda key: _peek(argv, key)))
     try:
         namespace = parser.parse_args(argv)
-        instance = parser.instantiate_classes(namespace)
+        instance = parser.instantiate(namespace)
     except (ArgumentError, TypeError) as error:
         raise ValueError(_one_line(str(error))) from error
     names = [field.name for field in dataclasses.fields(root)]  # type: ignore[arg-type]

@@ -58,6 +58,9 @@ def train(run: RunConfig, runtime: Runtime) -> None:
     rates = _Rates(run, runtime)
     saved = start
     try:
+        if trainer.valid and start == 0:
+            _evaluate(trainer, 0, logger)
+        rates.pause()
         for step in range(start, run.train.steps):
             lr = learning_rate(run.optim, step, run.train.steps)
             result = trainer.engine.train_step(trainer.batches.micro_batches(step), step, lr)
@@ -65,10 +68,8 @@ def train(run: RunConfig, runtime: Runtime) -> None:
             if logger is not None:
                 logger.log(done, _record(run, result, done, lr) | rates.step())
             if trainer.valid and _due(done, run.train.eval_interval, run.train.steps):
-                valid_loss = trainer.evaluate()
+                _evaluate(trainer, done, logger)
                 rates.pause()
-                if logger is not None:
-                    logger.log(done, {"valid_loss": valid_loss})
             if _due(done, run.checkpoint.interval, run.train.steps):
                 trainer.save(done)
                 saved = done
@@ -78,6 +79,12 @@ def train(run: RunConfig, runtime: Runtime) -> None:
             logger.close()
     if runtime.is_main:
         print(f"done     {run.train.steps} steps, checkpoint of step {saved} in {run_dir}", flush=True)
+
+
+def _evaluate(trainer: Trainer, done: int, logger: MetricsLogger | None) -> None:
+    valid_loss = trainer.evaluate()
+    if logger is not None:
+        logger.log(done, {"valid_loss": valid_loss})
 
 
 def _due(done: int, interval: int, steps: int) -> bool:

@@ -229,7 +229,8 @@ def describe(run: RunConfig, world_size: int) -> str:
         [
             f"model    {run.model.preset}: {total / 1e6:.{digits}f}M parameters, {active / 1e6:.{digits}f}M active per token",
             f"layout   {world_size} ranks: dp {world_size}; experts ep {run.parallel.ep} × edp {edp}",
-            f"batch    {tokens:,} tokens: {train.global_batch_size} sequences of {train.seq_len}, {accumulation} micro-batches a rank",
-            f"length   {train.steps} steps, {train.steps * tokens:,} tokens",
+            f"batch    {tokens:,} tokens: {train.global_batch_size} sequences of {train.seq_len}, "
+            f"{accumulation} micro-batches a rank",
+            f"length   {train.steps:,} steps, {train.steps * tokens:,} tokens",
         ]
     )

@@ -3,8 +3,8 @@
 import json
 import logging
 import math
-import re
 import os
+import re
 import struct
 import subprocess
 import sys

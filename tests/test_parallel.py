@@ -63,9 +63,7 @@ def _micro_batches(step: int, rank: int, world_size: int, size: int) -> list[Bat
 def _engine(ep: int, dtype: str, model: ModelConfig = MODEL, balance: BalanceConfig = BALANCE, **options: Any) -> NativeEngine:
     mesh = build_mesh(ParallelConfig(ep=ep), "cpu")
     router = options.pop("router", ROUTER)
-    return NativeEngine(
-        model, router, balance, OPTIM, EngineConfig(dtype=dtype, **options), mesh, torch.device("cpu"), seed=7
-    )
+    return NativeEngine(model, router, balance, OPTIM, EngineConfig(dtype=dtype, **options), mesh, torch.device("cpu"), seed=7)
 
 
 def _full(tensor: Tensor) -> Tensor:
@@ -140,9 +138,7 @@ LAYOUTS = [  # (ranks, ep, sequences a micro-batch)
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("fp32", 1e-5), ("fp64", 1e-10)])
 @pytest.mark.parametrize(("world_size", "ep", "micro"), LAYOUTS)
-def test_same_run_on_every_layout(
-    gloo: GlooPool, world_size: int, ep: int, micro: int, dtype: str, tolerance: float
-) -> None:
+def test_same_run_on_every_layout(gloo: GlooPool, world_size: int, ep: int, micro: int, dtype: str, tolerance: float) -> None:
     """Losses, every gradient, the clip norm and the sampled experts over 20 steps."""
     reference = _reference(gloo, _CACHE, dtype, STEPS, MODEL, BALANCE, {})
     assert min(reference["norms"]) > OPTIM.clip_norm, "clipping must be at work"

@@ -1,0 +1,171 @@
+"""Recipes, overrides and the errors a user meets."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megagrin import config
+from megagrin.cli import main
+from megagrin.models.grin import PRESETS
+from megagrin.trainer import RunConfig, parse_config
+
+RECIPES = Path(__file__).parents[1] / "launch" / "recipes"
+
+
+def parse(*argv: str) -> RunConfig:
+    """The configuration of these arguments."""
+    return parse_config(list(argv))[0]
+
+
+def test_later_sources_win(tmp_path: Path) -> None:
+    """Defaults < preset < recipes in order < overrides."""
+    first, second = tmp_path / "a.yaml", tmp_path / "b.yaml"
+    first.write_text("model: {preset: grin_16x0_9b, n_layers: 3}\ntrain: {steps: 7}\n")
+    second.write_text("train: {steps: 9}\n")
+    run = parse("--config", str(first), "--config", str(second), "--model.d_ff=100")
+    assert run.model.preset == "grin_16x0_9b"
+    assert (run.model.n_layers, run.train.steps, run.model.d_ff) == (3, 9, 100)
+    assert run.model.d_model == PRESETS["grin_16x0_9b"].d_model
+
+
+@pytest.mark.parametrize("preset", sorted(PRESETS))
+def test_presets(preset: str) -> None:
+    """A preset alone gives exactly its values."""
+    assert parse(f"--model.preset={preset}").model == PRESETS[preset]
+    assert not PRESETS[preset].violations()
+
+
+def test_saved_configuration_reads_back(tmp_path: Path) -> None:
+    """config.yaml of a run gives the same configuration."""
+    run = parse("--model.preset=dense_1_6b", "--model.n_layers=5", "--optim.lr=1e-3", "--data.train=x")
+    config.save(run, tmp_path / "config.yaml")
+    assert parse("--config", str(tmp_path / "config.yaml")) == run
+
+
+@pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_recipes_fit(recipe: Path) -> None:
+    """Every recipe parses and breaks no rule on the ranks that its name says; the quickstart has two."""
+    run = parse("--config", str(recipe), "--data.train=tokens")
+    ranks = re.search(r"_(\d+)gpu", recipe.stem)
+    assert run.violations(int(ranks[1]) if ranks else 2) == []
+
+
+@pytest.mark.parametrize(
+    ("argument", "hint"),
+    [
+        ("--model.n_layer=3", "model.n_layer: no such key (command line); did you mean model.n_layers?"),
+        ("--optim.learning_rate=3", "optim.learning_rate: no such key (command line)"),
+        ("--seq_len=3", "seq_len: no such key (command line); did you mean train.seq_len?"),
+        ("--model.seed=3", "did you mean train.seed?"),
+    ],
+)
+def test_misspelt_argument(argument: str, hint: str) -> None:
+    """The nearest right key is named."""
+    with pytest.raises(ValueError, match="no such key") as error:
+        parse(argument)
+    assert hint in str(error.value)
+
+
+def test_misspelt_key_in_recipe(tmp_path: Path) -> None:
+    """So in a file, which is named."""
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("train: {global_batchsize: 4}\n")
+    with pytest.raises(ValueError, match=r"train\.global_batchsize: no such key \(.*r\.yaml\); did you mean train\.global_batch_size"):
+        parse("--config", str(recipe))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("train: [", "not valid YAML"), ("- 1", "must hold sections"), ("train: {steps: many}", "train.steps")],
+)
+def test_bad_recipe(tmp_path: Path, text: str, message: str) -> None:
+    """Unreadable recipes are errors of use, in one line."""
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(text)
+    with pytest.raises(ValueError, match=message.replace(".", r"\.")) as error:
+        parse("--config", str(recipe))
+    assert "\n" not in str(error.value)
+
+
+def test_missing_recipe_and_preset() -> None:
+    """Both are named."""
+    with pytest.raises(ValueError, match=r"nowhere\.yaml is not a file"):
+        parse("--config", "nowhere.yaml")
+    with pytest.raises(ValueError, match=r"model\.preset: grin is none of .*grin_16x3_8b"):
+        parse("--model.preset=grin")
+
+
+def test_all_violations_at_once() -> None:
+    """Heads, top_k, batch, layout, sequence length, forced balance and data together."""
+    run = parse(
+        "--model.n_heads=6",
+        "--model.n_kv_heads=4",
+        "--model.top_k=17",
+        "--model.head_dim=7",
+        "--train.global_batch_size=9",
+        "--train.seq_len=4096",
+        "--parallel.ep=3",
+        "--router.forced_balance=true",
+        "--optim.beta2=1.5",
+        "--metrics.log_interval=0",
+    )
+    broken = "\n".join(run.violations(4))
+    for rule in (
+        "model.n_heads: 6 must be a multiple of model.n_kv_heads (4)",
+        "model.top_k: 17 must lie in [1, model.n_experts = 16]",
+        "model.head_dim: 7 must be even",
+        "train.global_batch_size: 9 must be a multiple of ranks × train.micro_batch_size (4 × 4)",
+        "train.seq_len: 4096 must not exceed model.max_positions (1024)",
+        "parallel.ep: 3 must divide the number of ranks (4)",
+        "parallel.ep: 3 must divide model.n_experts (16)",
+        "router.forced_balance: true",
+        "optim.beta2: 1.5 must lie in [0, 1)",
+        "metrics.log_interval: 0 must be at least 1",
+        "data.train: the prefix",
+    ):
+        assert rule in broken
+    assert len(run.violations(4)) == 11
+    with pytest.raises(ValueError, match="11 settings do not fit"):
+        config.check(run.violations(4))
+
+
+def test_forced_balance_by_name() -> None:
+    """Asked for by name it is accepted."""
+    run = parse("--router.forced_balance=true", "--train.allow_forced_balance=true", "--data.train=x")
+    assert run.violations(1) == []
+
+
+def test_command_line_errors(capsys: pytest.CaptureFixture[str]) -> None:
+    """One line on stderr and exit code 2; a traceback only with --debug."""
+    assert main(["train", "--model.n_layer=3"]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("megagrin: error: model.n_layer: no such key")
+    assert captured.err.count("\n") == 1
+    assert main(["train", "--model.n_layer=3", "--debug"]) == 2
+    assert "Traceback" in capsys.readouterr().err
+    assert main(["trian"]) == 2
+    assert "trian: no such command" in capsys.readouterr().err
+    assert main([]) == 2
+    assert main(["--help"]) == 0
+
+
+def test_world_size_that_does_not_fit(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Before any process group is joined; only rank 0 speaks."""
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert main(["train", "--data.train=x", "--parallel.ep=2", "--train.global_batch_size=12"]) == 2
+    assert "parallel.ep: 2 must divide the number of ranks (3)" in capsys.readouterr().err
+    monkeypatch.setenv("RANK", "1")
+    assert main(["train", "--data.train=x", "--parallel.ep=2"]) == 2
+    assert capsys.readouterr().err == ""
+
+
+def test_print_config_is_complete_yaml(capsys: pytest.CaptureFixture[str]) -> None:
+    """--print_config shows every section as a recipe."""
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "--model.preset=grin_16x3_8b", "--print_config"])
+    assert stop.value.code == 0
+    shown = yaml.safe_load(capsys.readouterr().out)
+    assert shown["model"]["n_layers"] == 32
+    assert set(shown) >= {"train", "model", "router", "balance", "data", "optim", "parallel", "engine", "checkpoint", "metrics"}
