@@ -5,6 +5,7 @@ any other wrote, and `checkpoint.json` with step, consumed samples and the resol
 `checkpoint.json` is not a checkpoint: everything is written to a hidden folder that is renamed when it is whole.
 """
 
+import dataclasses
 import json
 import re
 import shutil
@@ -57,11 +58,13 @@ class CheckpointInfo:
         step: optimizer steps done.
         consumed_samples: sequences trained on.
         run: the resolved configuration of the run, as a dictionary.
+        data: fingerprint of the training token file; empty when the weights were imported.
     """
 
     step: int
     consumed_samples: int
     run: dict[str, Any]
+    data: str = ""
 
 
 def checkpoints(run_dir: Path) -> list[Path]:
@@ -96,9 +99,13 @@ def read_info(path: Path) -> CheckpointInfo:
         content = json.loads((path / _META).read_text())
         if content["format"] != FORMAT:
             raise ValueError(f"{path / _META}: format {content['format']}, this version reads {FORMAT}")
-        return CheckpointInfo(content["step"], content["consumed_samples"], content["run"])
+        return CheckpointInfo(content["step"], content["consumed_samples"], content["run"], content["data"])
     except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path / _META}: not a checkpoint description ({error!r})") from error
+
+
+def _write_info(path: Path, info: CheckpointInfo) -> None:
+    (path / _META).write_text(json.dumps({"format": FORMAT, **dataclasses.asdict(info)}, indent=1))
 
 
 def _model_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -145,8 +152,7 @@ def save(
         warnings.filterwarnings("ignore", category=UserWarning)  # DCP warns about features that are not used here
         dcp.save(tensors, storage_writer=HuggingFaceStorageWriter(str(partial), save_distributed=True))
     if main:
-        content = {"format": FORMAT, "step": info.step, "consumed_samples": info.consumed_samples, "run": info.run}
-        (partial / _META).write_text(json.dumps(content, indent=1))
+        _write_info(partial, info)
         shutil.rmtree(target, ignore_errors=True)
         partial.rename(target)
     dist.barrier()
@@ -226,7 +232,7 @@ def save_model(path: Path, model: Transformer, run: dict[str, Any]) -> None:
         warnings.filterwarnings("ignore", category=UserWarning)
         writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
         dcp.save(_model_tensors(model), storage_writer=writer, no_dist=True)
-    (partial / _META).write_text(json.dumps({"format": FORMAT, "step": 0, "consumed_samples": 0, "run": run}, indent=1))
+    _write_info(partial, CheckpointInfo(0, 0, run))
     partial.rename(path)
 
 

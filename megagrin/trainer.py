@@ -175,7 +175,7 @@ class Trainer:
             Optimizer steps already done.
 
         Raises:
-            ValueError: the checkpoint belongs to another model, seed or batch.
+            ValueError: the checkpoint belongs to another model, seed, batch or token file.
         """
         found = checkpoint.checkpoints(self.run_dir)
         if found:
@@ -194,7 +194,8 @@ class Trainer:
 
     def save(self, step: int) -> Path:
         """Commit a checkpoint after `step` optimizer steps and delete what is not kept."""
-        info = CheckpointInfo(step, step * self.run.train.global_batch_size, dataclasses.asdict(self.run))
+        samples = step * self.run.train.global_batch_size
+        info = CheckpointInfo(step, samples, dataclasses.asdict(self.run), self.batches.fingerprint)
         path = checkpoint.save(self.run_dir, self.engine.model, self.engine.optimizer, self._extra(), info)
         if self.runtime.is_main:
             checkpoint.prune(self.run_dir, self.run.checkpoint.keep)
@@ -210,6 +211,8 @@ class Trainer:
     def _refuse_changes(self, info: CheckpointInfo, path: Path) -> None:
         changes = config.changed_fields(info.run, dataclasses.asdict(self.run))
         fixed = [change for change in changes if change.startswith(FIXED_ON_RESUME) and not change.startswith("model.preset:")]
+        if info.data and info.data != self.batches.fingerprint:
+            fixed.append(f"data.train: the token file {self.run.data.train} has other contents")
         if fixed:
             raise ValueError(
                 f"train.run_dir: {path} was trained with other settings ({'; '.join(fixed)}); "
