@@ -171,9 +171,7 @@ def _output_prefixes(config: TokenizeConfig) -> list[str]:
     return prefixes
 
 
-def _nothing_to_write(
-    writer: IndexedDatasetWriter, documents: int, report: TokenizeReport, config: TokenizeConfig
-) -> str:
+def _nothing_to_write(writer: IndexedDatasetWriter, documents: int, report: TokenizeReport, config: TokenizeConfig) -> str:
     if documents > writer.documents:
         return f"valid_fraction: {config.valid_fraction} of {documents} documents leaves no token for {writer.prefix}"
     first = f"; the first skipped: {report.skip_messages[0]}" if report.skip_messages else ""
@@ -227,9 +225,7 @@ def _encode_in_order(blocks: Iterator[Block], config: TokenizeConfig) -> Generat
     except TimeoutError as error:
         for process in set(multiprocessing.active_children()) - others:
             process.kill()
-        raise ValueError(
-            f"{_describe(block)}: no answer from the worker within timeout={config.timeout:g} s"
-        ) from error
+        raise ValueError(f"{_describe(block)}: no answer from the worker within timeout={config.timeout:g} s") from error
     finally:
         executor.shutdown(cancel_futures=True)
 
