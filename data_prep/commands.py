@@ -53,9 +53,7 @@ def _parser() -> ArgumentParser:
 
     inputs = "files, folders or globs; .jsonl, .ndjson, .json (one object per line) or plain text; .gz of these"
     prefixes = "prefixes of token files: paths without .bin and .idx"
-    command("train-tokenizer", "Train a SentencePiece BPE tokenizer.", "inputs", inputs).add_class_arguments(
-        TokenizerConfig
-    )
+    command("train-tokenizer", "Train a SentencePiece BPE tokenizer.", "inputs", inputs).add_class_arguments(TokenizerConfig)
     command("tokenize", "Turn documents into token files.", "inputs", inputs).add_class_arguments(TokenizeConfig)
     for name, about in (
         ("verify", "Check structure, sizes, checksums and ids of token files."),

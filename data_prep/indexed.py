@@ -81,9 +81,7 @@ class IndexedDatasetWriter:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         try:
             if kind is None:
                 self.finish()
@@ -222,9 +220,7 @@ class IndexedDataset:
         self.documents = self.document_index_D.size - 1
         expected, actual = self.tokens * dtype.itemsize, bin_path.stat().st_size
         if expected != actual:
-            raise ValueError(
-                f"{bin_path}: {actual} bytes, but its index describes {expected}: truncated or not of this pair"
-            )
+            raise ValueError(f"{bin_path}: {actual} bytes, but its index describes {expected}: truncated or not of this pair")
         self.sidecar = read_sidecar(prefix)
         if self.sidecar is not None:
             _check_sidecar(self.sidecar, self, idx_path, dtype)
@@ -318,9 +314,7 @@ def _check_sidecar(sidecar: Sidecar, dataset: IndexedDataset, idx_path: Path, dt
         ("idx_sha256", file_sha256(idx_path)),
     ):
         if getattr(sidecar, name) != actual:
-            raise ValueError(
-                f"{path}: {name} is {getattr(sidecar, name)}, but the token files have {actual}: not of this pair"
-            )
+            raise ValueError(f"{path}: {name} is {getattr(sidecar, name)}, but the token files have {actual}: not of this pair")
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
 from typing import Literal
 
 import numpy as np
@@ -40,6 +41,7 @@ from megagrin.data_prep.sidecar import Provenance
 from megagrin.data_prep.tokenizer import Tokenizer
 
 _REPORTED_SKIPS = 10
+_SHUTDOWN_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -171,9 +173,7 @@ def _output_prefixes(config: TokenizeConfig) -> list[str]:
     return prefixes
 
 
-def _nothing_to_write(
-    writer: IndexedDatasetWriter, documents: int, report: TokenizeReport, config: TokenizeConfig
-) -> str:
+def _nothing_to_write(writer: IndexedDatasetWriter, documents: int, report: TokenizeReport, config: TokenizeConfig) -> str:
     if documents > writer.documents:
         return f"valid_fraction: {config.valid_fraction} of {documents} documents leaves no token for {writer.prefix}"
     first = f"; the first skipped: {report.skip_messages[0]}" if report.skip_messages else ""
@@ -225,13 +225,20 @@ def _encode_in_order(blocks: Iterator[Block], config: TokenizeConfig) -> Generat
     except BrokenProcessPool as error:
         raise ValueError(f"{_describe(block)}: a worker process died (killed, or out of memory?)") from error
     except TimeoutError as error:
-        for process in set(multiprocessing.active_children()) - others:
-            process.kill()
-        raise ValueError(
-            f"{_describe(block)}: no answer from the worker within timeout={config.timeout:g} s"
-        ) from error
+        raise ValueError(f"{_describe(block)}: no answer from the worker within timeout={config.timeout:g} s") from error
     finally:
-        executor.shutdown(cancel_futures=True)
+        # Not shutdown(wait=True): that would wait for ever for a frozen worker, even one without work.
+        executor.shutdown(wait=False, cancel_futures=True)
+        _end_workers([process for process in multiprocessing.active_children() if process not in others])
+
+
+def _end_workers(workers: list[BaseProcess]) -> None:
+    deadline = time.monotonic() + _SHUTDOWN_SECONDS
+    while alive := [worker for worker in workers if worker.is_alive()]:
+        if time.monotonic() >= deadline:
+            for worker in alive:
+                worker.kill()
+        wait([worker.sentinel for worker in alive], timeout=max(0.1, deadline - time.monotonic()))
 
 
 def _describe(block: Block) -> str:

@@ -44,9 +44,7 @@ def verify(prefix: str | Path, tokenizer_path: str | Path | None = None) -> Veri
     dataset = IndexedDataset(prefix)
     bin_path, _ = pair_paths(prefix)
     if dataset.sidecar is not None and file_sha256(bin_path) != dataset.sidecar.bin_sha256:
-        raise ValueError(
-            f"{bin_path}: its SHA-256 is not the bin_sha256 of {sidecar_path(prefix)}: the tokens were changed"
-        )
+        raise ValueError(f"{bin_path}: its SHA-256 is not the bin_sha256 of {sidecar_path(prefix)}: the tokens were changed")
     vocab_size = dataset.sidecar.vocab_size if dataset.sidecar is not None else None
     if tokenizer_path is not None:
         check_tokenizer(dataset, tokenizer_path)
