@@ -1,7 +1,6 @@
 """`megagrin train`: the training loop."""
 
 import dataclasses
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -149,9 +148,3 @@ class _Rates:
         import resource
 
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
-
-
-if __name__ == "__main__":
-    from megagrin.cli import run_command
-
-    sys.exit(run_command("train", sys.argv[1:]))

@@ -72,7 +72,9 @@ def test_misspelt_key_in_recipe(tmp_path: Path) -> None:
     """So in a file, which is named."""
     recipe = tmp_path / "r.yaml"
     recipe.write_text("train: {global_batchsize: 4}\n")
-    with pytest.raises(ValueError, match=r"train\.global_batchsize: no such key \(.*r\.yaml\); did you mean train\.global_batch_size"):
+    with pytest.raises(
+        ValueError, match=r"train\.global_batchsize: no such key \(.*r\.yaml\); did you mean train\.global_batch_size"
+    ):
         parse("--config", str(recipe))
 
 

@@ -110,8 +110,8 @@ def _processes(marker: str) -> list[int]:
 
 
 def _torchrun(run_dir: Path, tokens: str, *extra: str) -> "subprocess.Popen[str]":
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "megagrin.train"]
-    arguments = [*TINY, f"--train.run_dir={run_dir}", f"--data.train={tokens}", "--parallel.ep=2", *extra]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "megagrin.cli"]
+    arguments = ["train", *TINY, f"--train.run_dir={run_dir}", f"--data.train={tokens}", "--parallel.ep=2", *extra]
     return subprocess.Popen(
         [*command, *arguments],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -217,7 +217,10 @@ def test_dry_run_describes(tmp_path: Path, tokens: str, capsys: pytest.CaptureFi
 
 def test_not_finite_stops_before_the_update(tmp_path: Path, tokens: str, capsys: pytest.CaptureFixture[str]) -> None:
     """A run that overflows ends with its step and writes no checkpoint of what it became."""
-    assert train(tmp_path / "run", tokens, "--train.steps=30", "--optim.lr=1e30", "--optim.clip_norm=0", "--checkpoint.interval=1") == 2
+    assert (
+        train(tmp_path / "run", tokens, "--train.steps=30", "--optim.lr=1e30", "--optim.clip_norm=0", "--checkpoint.interval=1")
+        == 2
+    )
     assert "gradient norm is" in capsys.readouterr().err
     saved = checkpoint.checkpoints(tmp_path / "run")
     assert all(checkpoint.read_info(path).step < 30 for path in saved)

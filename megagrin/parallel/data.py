@@ -11,7 +11,6 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
 
-from megagrin.models.transformer import Transformer
 from megagrin.parallel.expert import moe_layers
 from megagrin.parallel.mesh import ParallelMesh
 
@@ -24,7 +23,7 @@ def _expert_placement(edp: int):  # type: ignore[no-untyped-def]  # FSDP2's own 
     return placement
 
 
-def shard_data_parallel(model: Transformer, mesh: ParallelMesh, compute_dtype: torch.dtype, reshard: bool) -> None:
+def shard_data_parallel(model: nn.Module, mesh: ParallelMesh, compute_dtype: torch.dtype, reshard: bool) -> None:
     """Apply `fully_shard` to every block's experts and router, every block, and the model.
 
     Args:
@@ -51,7 +50,7 @@ def shard_data_parallel(model: Transformer, mesh: ParallelMesh, compute_dtype: t
         )
         if compute_dtype == torch.bfloat16:
             shard(layer.router, mesh.dp, wide)  # the router computes with its fp32 weights
-    for block in model.layers:
+    for block in model.get_submodule("layers").children():
         shard(block, mesh.dp, mixed)
     shard(model, mesh.dp, mixed, False)
     for module in model.modules():

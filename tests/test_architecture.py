@@ -1,0 +1,163 @@
+"""Floors, sizes and import names: growth in the wrong direction is noticed when it happens."""
+
+import ast
+import importlib
+import importlib.util
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 60
+
+# Imports go down, or sideways inside one folder without cycles. The longest matching name counts.
+FLOORS = {
+    "megagrin": 0,
+    "megagrin.kernels": 0,
+    "megagrin.data_prep": 0,
+    "megagrin.config": 0,
+    "megagrin.rng": 0,
+    "megagrin.runtime": 1,
+    "megagrin.parallel.mesh": 1,
+    "megagrin.parallel.comm": 1,
+    "megagrin.nn": 2,
+    "megagrin.moe": 2,
+    "megagrin.data": 2,
+    "megagrin.optim": 2,
+    "megagrin.flops": 2,
+    "megagrin.trackers": 2,
+    "megagrin.metrics": 2,
+    "megagrin.models": 3,
+    "megagrin.parallel.expert": 3,
+    "megagrin.parallel.data": 3,
+    "megagrin.plot": 3,
+    "megagrin.parallel.plan": 4,
+    "megagrin.checkpoint": 4,
+    "megagrin.engines": 5,
+    "megagrin.generate": 5,
+    "megagrin.hf": 5,
+    "megagrin.trainer": 6,
+    "megagrin.train": 7,
+    "megagrin.cli": 8,
+}
+
+
+def _modules() -> dict[str, Path]:
+    modules = {}
+    for folder, name in [("megagrin", "megagrin"), ("kernels", "megagrin.kernels"), ("data_prep", "megagrin.data_prep")]:
+        for path in (ROOT / folder).rglob("*.py"):
+            if not any(part.is_symlink() for part in path.parents):
+                parts = path.relative_to(ROOT / folder).with_suffix("").parts
+                modules[".".join([name, *(part for part in parts if part != "__init__")])] = path
+    return modules
+
+
+MODULES = _modules()
+
+
+def _floor(module: str) -> int:
+    while module not in FLOORS:
+        module = module.rpartition(".")[0]
+    return FLOORS[module]
+
+
+def _imports(path: Path) -> Iterator[str]:
+    """Modules of ours that a file imports, also inside functions and conditions."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name.startswith("megagrin"))
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("megagrin"):
+            for alias in node.names:
+                name = f"{node.module}.{alias.name}"
+                yield name if name in MODULES else str(node.module)
+
+
+def test_every_module_has_a_floor() -> None:
+    """A new top-level module must be placed; nothing falls to the floor of the package by accident."""
+    packages = {name.rpartition(".")[0] for name in MODULES}
+    unplaced = [name for name in MODULES if name.startswith(("megagrin.parallel.", "megagrin.")) and name not in packages]
+    unplaced = [name for name in unplaced if name not in FLOORS and name.rpartition(".")[0] not in set(FLOORS) - {"megagrin"}]
+    assert unplaced == []
+    gone = [name for name in FLOORS if name not in MODULES and not any(module.startswith(f"{name}.") for module in MODULES)]
+    assert gone == []
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_imports_go_down(module: str) -> None:
+    """Down, or sideways inside one folder."""
+    for imported in _imports(MODULES[module]):
+        if imported == "megagrin":
+            continue
+        same_folder = imported.rpartition(".")[0] == module.rpartition(".")[0]
+        assert _floor(imported) < _floor(module) or (same_folder and _floor(imported) == _floor(module)), (
+            f"{module} (floor {_floor(module)}) imports {imported} (floor {_floor(imported)})"
+        )
+
+
+def test_no_import_cycles() -> None:
+    """Also not sideways."""
+    graph = {module: {name for name in _imports(path) if name in MODULES} for module, path in MODULES.items()}
+    done: set[str] = set()
+
+    def visit(module: str, trail: tuple[str, ...]) -> None:
+        assert module not in trail, " -> ".join([*trail, module])
+        if module not in done:
+            for imported in graph[module]:
+                visit(imported, (*trail, module))
+            done.add(module)
+
+    for module in graph:
+        visit(module, ())
+
+
+def test_kernels_know_nothing_of_the_rest() -> None:
+    """Kernels can be lifted out: torch, triton and each other."""
+    for module, path in MODULES.items():
+        if module.startswith("megagrin.kernels."):
+            assert all(name.startswith("megagrin.kernels.") for name in _imports(path)), module
+
+
+def _sources() -> list[Path]:
+    tracked = subprocess.run(["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    return [ROOT / name for name in tracked.splitlines() if not (ROOT / name).is_symlink() and (ROOT / name).exists()]
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a git checkout")
+def test_sizes() -> None:
+    """Files under 400 lines, functions under 60."""
+    too_long = []
+    for path in _sources():
+        text = path.read_text()
+        if text.count("\n") > MAX_FILE_LINES:
+            too_long.append(f"{path.relative_to(ROOT)}: {text.count(chr(10))} lines")
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef) and node.end_lineno is not None:
+                length = node.end_lineno - node.lineno + 1
+                if length > MAX_FUNCTION_LINES:
+                    too_long.append(f"{path.relative_to(ROOT)}:{node.lineno} {node.name}: {length} lines")
+    assert too_long == []
+
+
+def test_import_names() -> None:
+    """The two folders are reached through symlinks and never as top-level packages: `kernels` is somebody else's name."""
+    for name in ("kernels", "data_prep"):
+        link = ROOT / "megagrin" / name
+        assert link.is_symlink()
+        assert link.resolve() == ROOT / name
+        assert not (ROOT / name / "__init__.py").exists()
+    module = importlib.import_module("megagrin.kernels.grouped_gemm")
+    assert Path(str(module.__file__)).resolve() == ROOT / "kernels" / "grouped_gemm.py"
+    setup = (ROOT / "setup.py").read_text()
+    assert "package_dir" not in setup
+
+
+def test_optional_packages_are_imported_late() -> None:
+    """The core imports without any extra."""
+    extras = {"transformers", "wandb", "matplotlib", "tensorboard", "deepspeed", "apex", "tokenizers"}
+    for module, path in MODULES.items():
+        for node in ast.parse(path.read_text()).body:
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not extras & {name.split(".")[0] for name in names}, module
