@@ -98,9 +98,9 @@ class RunConfig:
 
     def violations(self, world_size: int) -> list[str]:
         """Every broken rule of every section, and of sections together, for a number of ranks."""
-        sections = (self.train, self.model, self.router, self.balance, self.optim, self.checkpoint)
-        sections += (self.metrics, self.runtime)
-        broken = [rule for section in sections for rule in section.violations()]
+        broken = [*self.train.violations(), *self.model.violations(), *self.router.violations(), *self.balance.violations()]
+        broken += [*self.optim.violations(), *self.checkpoint.violations(), *self.metrics.violations()]
+        broken += [*self.data.violations(), *self.runtime.violations()]
         broken += self.parallel.violations(world_size, self.model.n_experts)
         train = self.train
         if min(train.global_batch_size, train.micro_batch_size) >= 1 and train.global_batch_size % (

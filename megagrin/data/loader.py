@@ -47,9 +47,9 @@ class DataConfig:
     shuffle: bool = True
     num_workers: int = 0
 
-    def __post_init__(self) -> None:
-        if self.num_workers < 0:
-            raise ValueError(f"data.num_workers: {self.num_workers} must not be negative")
+    def violations(self) -> list[str]:
+        """Every broken rule of this section, as `field: value and rule`."""
+        return [f"data.num_workers: {self.num_workers} must not be negative"] if self.num_workers < 0 else []
 
 
 @dataclass(frozen=True)
