@@ -176,7 +176,7 @@ def sparsemixer(z_TE: Tensor, top_k: int, config: RouterConfig, words_TW: Tensor
         p_T = p_TE.gather(1, expert_T.unsqueeze(1)).squeeze(1)
         if words_TW is not None:
             b_T = words_TW[:, 2 * round_ + 1] < int(estimator.bernoulli * 2**32)
-            omega_T = torch.where((expert_T == best_T) | b_T, 1.0, 1 / 3).to(p_T.dtype)
+            omega_T = torch.full_like(p_T, 1 / 3).masked_fill_((expert_T == best_T) | b_T, 1.0)
             backward_weights.append(estimator.gradient * p_T.detach())
             p_T = _HeunWeight.apply(p_T, omega_T, estimator.gradient)
         experts.append(expert_T)
