@@ -105,9 +105,13 @@ _ESTIMATORS = {
 
 
 def dropped_by_code(z_TE: Tensor, eps: float) -> Tensor:
-    """Experts that the released code's rule removes: (z* − z_i) / max(|z_i|, z*) > 2·eps. Drawn experts hold −∞."""
+    """Experts that the released code's rule removes: (z* − z_i) / max(|z_i|, z*) > 2·eps. Drawn experts hold −∞.
+
+    Divided, not multiplied out: rounding then agrees bit for bit with the released routine (they part on subnormal logits).
+    0/0 compares false and keeps a tie at zero.
+    """
     best_T1 = z_TE.amax(dim=-1, keepdim=True)
-    return (best_T1 - z_TE) > (2 * eps) * torch.maximum(z_TE.abs(), best_T1)
+    return (best_T1 - z_TE) / torch.maximum(z_TE.abs(), best_T1) > 2 * eps
 
 
 def dropped_by_paper(z_TE: Tensor, eps: float) -> Tensor:
