@@ -225,6 +225,22 @@ def test_every_expert_can_be_taken() -> None:
     assert torch.isfinite(z_TE.grad).all()
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_broken_logits_break_the_weights_not_the_indices(bad: float) -> None:
+    """A NaN or an infinity must surface as a non-finite loss, not as an index out of range (on CUDA: a dead process)."""
+    z_TE = torch.randn(64, 16, generator=torch.Generator().manual_seed(0))
+    z_TE[::2, 3] = bad
+    z_TE[::4] = bad
+    words_TW = rng.routing_words(0, 0, 0, torch.arange(64), 1)
+    for kind in KINDS:
+        for words in (words_TW, None):
+            routing = sparsemixer(z_TE, 2, RouterConfig(kind=kind), words)
+            assert routing.expert_TK.min() >= 0
+            assert routing.expert_TK.max() < 16
+            assert torch.isnan(routing.weight_TK[::4]).all()
+            assert torch.isfinite(routing.weight_TK[1::2]).all()
+
+
 def make_router(config: RouterConfig, top_k: int = 2, d_model: int = 32, n_experts: int = 8) -> Router:
     router = Router(d_model, n_experts, top_k, 5, config)
     torch.nn.init.normal_(router.weight, std=0.02, generator=torch.Generator().manual_seed(9))

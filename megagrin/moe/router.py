@@ -131,11 +131,11 @@ def sample(p_TE: Tensor, word_T: Tensor) -> Tensor:
         word_T: int64 random words, [0, 2^32).
 
     Returns:
-        int64 (T,).
+        int64 (T,), in [0, E) even where p is NaN: the NaN then surfaces in the loss, not as an index out of range.
     """
     cumulative_TE = (p_TE.double() * _FIXED_POINT).round_().to(torch.int64).cumsum(dim=-1)
     target_T1 = (cumulative_TE[:, -1] * word_T >> 32).unsqueeze(1)
-    return (cumulative_TE <= target_T1).sum(dim=-1)
+    return (cumulative_TE <= target_T1).sum(dim=-1).clamp_max_(p_TE.shape[-1] - 1)
 
 
 class _HeunWeight(torch.autograd.Function):
