@@ -60,7 +60,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dx_TD, dw_VD, db_V = ctx.saved_tensors
         dtype = ctx.w_dtype
         db_scaled = None if db_V is None else (db_V * dloss).to(dtype)
-        return dx_TD * dloss.to(dx_TD.dtype), (dw_VD * dloss).to(dtype), db_scaled, None, None
+        # In dloss's dtype: 1/tokens rounded to bf16 would bend every gradient below the head by up to 0.4 %.
+        dx_scaled = (dx_TD.to(dloss.dtype) * dloss).to(dx_TD.dtype)
+        return dx_scaled, (dw_VD * dloss).to(dtype), db_scaled, None, None
 
 
 def linear_cross_entropy(x_TD: Tensor, w_VD: Tensor, b_V: Tensor | None, label_T: Tensor) -> Tensor:
