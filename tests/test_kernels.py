@@ -368,6 +368,10 @@ def test_cross_entropy_refuses_shapes_and_labels_that_do_not_fit() -> None:
     for arguments in ((x, w[:, :2], None, label), (x, w, None, label[:3]), (x[0], w, None, label), (x, w[0], None, label)):
         with pytest.raises(ValueError, match=r"linear_cross_entropy: x .* w .* label .* must be \(T, D\), \(V, D\), \(T,\)"):
             linear_cross_entropy(*arguments)
+    for wrong in (-1, -99, 7):
+        label[2] = wrong
+        with pytest.raises((RuntimeError, IndexError), match="out of"):
+            linear_cross_entropy(x, w, None, label)
 
 
 def test_uniform_logits_cost_log_v() -> None:
