@@ -37,7 +37,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             x_CD, label_C = x_TD[part], label_T[part]
             logit_CV = torch.nn.functional.linear(x_CD, w_VD, b_V).to(wide)
             valid_C = label_C != IGNORE
-            index_C1 = label_C.clamp_min(0).unsqueeze(1)
+            # Not a clamp: a negative label other than IGNORE must fail in gather, as one beyond V does.
+            index_C1 = label_C.masked_fill(~valid_C, 0).unsqueeze(1)
             lse_C1 = torch.logsumexp(logit_CV, dim=1, keepdim=True)
             loss += ((lse_C1 - logit_CV.gather(1, index_C1)).squeeze(1) * valid_C).sum()
             if dx_TD is None or dw_VD is None:
@@ -60,7 +61,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dx_TD, dw_VD, db_V = ctx.saved_tensors
         dtype = ctx.w_dtype
         db_scaled = None if db_V is None else (db_V * dloss).to(dtype)
-        return dx_TD * dloss.to(dx_TD.dtype), (dw_VD * dloss).to(dtype), db_scaled, None, None
+        # In dloss's dtype: 1/tokens rounded to bf16 would bend every gradient below the head by up to 0.4 %.
+        dx_scaled = (dx_TD.to(dloss.dtype) * dloss).to(dx_TD.dtype)
+        return dx_scaled, (dw_VD * dloss).to(dtype), db_scaled, None, None
 
 
 def linear_cross_entropy(x_TD: Tensor, w_VD: Tensor, b_V: Tensor | None, label_T: Tensor) -> Tensor:
@@ -77,6 +80,7 @@ def linear_cross_entropy(x_TD: Tensor, w_VD: Tensor, b_V: Tensor | None, label_T
 
     Raises:
         ValueError: shapes that do not fit.
+        RuntimeError: a label outside [0, V) that is not -100 (on CUDA a device-side assertion).
     """
     if x_TD.dim() != 2 or w_VD.dim() != 2 or x_TD.shape[1] != w_VD.shape[1] or label_T.shape != x_TD.shape[:1]:
         raise ValueError(

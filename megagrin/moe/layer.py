@@ -91,12 +91,12 @@ class MoELayer(torch.nn.Module):
         y_TD = self.token_dispatch.combine(y_RD, sent)
         prob_sum_E, z_sum = torch.softmax(z_TE, dim=-1).sum(0), z_term(z_TE)
         if train is not None:
-            y_TD = attach(y_TD, prob_sum_E, z_sum, self._load(sent.counts_E, train), self.balance, train.tokens)
+            y_TD = attach(y_TD, prob_sum_E, z_sum, self._load(sent.counts_E, train, z_TE.dtype), self.balance, train.tokens)
         return y_TD.view_as(x_BSD), RouterStats(sent.counts_E, prob_sum_E.detach(), z_sum.detach())
 
-    def _load(self, counts_E: Tensor, train: TrainRouting) -> Tensor | GlobalCounts:
+    def _load(self, counts_E: Tensor, train: TrainRouting, dtype: torch.dtype) -> Tensor | GlobalCounts:
         if self.balance.scope == "batch":
             return train.previous_f_LE[self.layer]
         if self.balance.scope == "global" and train.group is not None:
             return GlobalCounts(counts_E, train.group)
-        return load_fraction(counts_E)
+        return load_fraction(counts_E, dtype)

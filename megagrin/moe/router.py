@@ -105,9 +105,13 @@ _ESTIMATORS = {
 
 
 def dropped_by_code(z_TE: Tensor, eps: float) -> Tensor:
-    """Experts that the released code's rule removes: (z* − z_i) / max(|z_i|, z*) > 2·eps. Drawn experts hold −∞."""
+    """Experts that the released code's rule removes: (z* − z_i) / max(|z_i|, z*) > 2·eps. Drawn experts hold −∞.
+
+    Divided, not multiplied out: rounding then agrees bit for bit with the released routine (they part on subnormal logits).
+    0/0 compares false and keeps a tie at zero.
+    """
     best_T1 = z_TE.amax(dim=-1, keepdim=True)
-    return (best_T1 - z_TE) > (2 * eps) * torch.maximum(z_TE.abs(), best_T1)
+    return (best_T1 - z_TE) / torch.maximum(z_TE.abs(), best_T1) > 2 * eps
 
 
 def dropped_by_paper(z_TE: Tensor, eps: float) -> Tensor:
@@ -127,11 +131,11 @@ def sample(p_TE: Tensor, word_T: Tensor) -> Tensor:
         word_T: int64 random words, [0, 2^32).
 
     Returns:
-        int64 (T,).
+        int64 (T,), in [0, E) even where p is NaN: the NaN then surfaces in the loss, not as an index out of range.
     """
     cumulative_TE = (p_TE.double() * _FIXED_POINT).round_().to(torch.int64).cumsum(dim=-1)
     target_T1 = (cumulative_TE[:, -1] * word_T >> 32).unsqueeze(1)
-    return (cumulative_TE <= target_T1).sum(dim=-1)
+    return (cumulative_TE <= target_T1).sum(dim=-1).clamp_max_(p_TE.shape[-1] - 1)
 
 
 class _HeunWeight(torch.autograd.Function):
@@ -176,7 +180,7 @@ def sparsemixer(z_TE: Tensor, top_k: int, config: RouterConfig, words_TW: Tensor
         p_T = p_TE.gather(1, expert_T.unsqueeze(1)).squeeze(1)
         if words_TW is not None:
             b_T = words_TW[:, 2 * round_ + 1] < int(estimator.bernoulli * 2**32)
-            omega_T = torch.where((expert_T == best_T) | b_T, 1.0, 1 / 3).to(p_T.dtype)
+            omega_T = torch.full_like(p_T, 1 / 3).masked_fill_((expert_T == best_T) | b_T, 1.0)
             backward_weights.append(estimator.gradient * p_T.detach())
             p_T = _HeunWeight.apply(p_T, omega_T, estimator.gradient)
         experts.append(expert_T)
