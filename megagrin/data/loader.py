@@ -11,7 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 import torch
@@ -173,7 +173,7 @@ class GlobalBatches:
             raise ValueError(f"step: {step} must not be negative")
         if self._reader is None or self._reader.next_step != step:
             self.close()
-            self._reader = _ReadAhead(self._loader(step), step, self._micro_batches)
+            self._reader = _ReadAhead(self._read_from(step), step, self._micro_batches)
             self._end_reader = weakref.finalize(self, self._reader.close)
         return self._reader.take()
 
@@ -183,14 +183,13 @@ class GlobalBatches:
             self._end_reader()
         self._reader = self._end_reader = None
 
-    def _loader(self, step: int) -> "DataLoader[Any]":
+    def _read_from(self, step: int) -> Iterator[Batch]:
         order = _MicroBatchOrder(step, self._global_batch_size, self._first, self._micro_batches, self._micro_batch_size)
-        collate = partial(_collate, global_batch_size=self._global_batch_size, document_attention=self._config.document_attention)
         workers = self._config.num_workers
-        return DataLoader(
+        loader = DataLoader(
             self._samples,
             batch_sampler=order,
-            collate_fn=collate,
+            collate_fn=_stack,
             num_workers=workers,
             # A step ahead of the one being trained, and its own generator: iterating draws a number from the global one.
             prefetch_factor=max(2, -(-2 * self._micro_batches // workers)) if workers else None,
@@ -198,6 +197,10 @@ class GlobalBatches:
             worker_init_fn=_ignore_signals,
             timeout=_TIMEOUT_SECONDS if workers else 0,
         )
+        attention = self._config.document_attention
+        finish = partial(_to_batch, global_batch_size=self._global_batch_size, document_attention=attention)
+        # Workers start here, not in the reading thread: forking is safest from the thread that owns the process.
+        return map(finish, iter(loader))
 
 
 @dataclass(frozen=True)
@@ -220,13 +223,12 @@ class _MicroBatchOrder:
 
 
 class _ReadAhead:
-    """Takes the micro-batches of a step from a loader while the step before is being trained."""
+    """Takes the micro-batches of a step while the step before is being trained."""
 
-    def __init__(self, loader: "DataLoader[Any]", step: int, micro_batches: int) -> None:
+    def __init__(self, batches: Iterator[Batch], step: int, micro_batches: int) -> None:
         self.next_step = step
         self._micro_batches = micro_batches
-        # Workers are started here, not in the thread: forking is safest from the thread that owns the process.
-        self._batches: Iterator[Batch] | None = iter(loader)
+        self._batches: Iterator[Batch] | None = batches
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="megagrin-data")
         self._pending = self._submit()
         # Workers ignore SIGTERM, by which the DataLoader's own clean-up at exit would end them, so they are told before.
@@ -257,14 +259,22 @@ def _ignore_signals(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def _collate(samples: Sequence[Sample], *, global_batch_size: int, document_attention: bool) -> Batch:
-    tokens = torch.from_numpy(np.stack([sample.tokens for sample in samples]))
-    seq_len = tokens.shape[1] - 1
+def _stack(samples: Sequence[Sample]) -> Sample:
+    """Samples as arrays with a leading dimension B; numpy, as tensors would cross processes by way of /dev/shm."""
+    return Sample(
+        np.array([sample.index for sample in samples]),
+        np.stack([sample.tokens for sample in samples]),
+        np.stack([sample.documents for sample in samples]),
+    )
+
+
+def _to_batch(stacked: Sample, *, global_batch_size: int, document_attention: bool) -> Batch:
+    tokens, documents = torch.from_numpy(stacked.tokens), torch.from_numpy(stacked.documents)
+    number_B = torch.from_numpy(stacked.index % global_batch_size)
+    size, seq_len = tokens.shape[0], tokens.shape[1] - 1
     place_S = torch.arange(seq_len)
-    number_B = torch.tensor([sample.index % global_batch_size for sample in samples])
-    labels_BS, positions_BS, documents_BS = tokens[:, 1:].contiguous(), place_S.repeat(len(samples), 1), None
+    labels_BS, positions_BS, documents_BS = tokens[:, 1:].contiguous(), place_S.repeat(size, 1), None
     if document_attention:
-        documents = torch.from_numpy(np.stack([sample.documents for sample in samples]))
         ends_BS = documents[:, 1:] != documents[:, :-1]
         labels_BS = labels_BS.masked_fill(ends_BS, IGNORED_LABEL)
         documents_BS = documents[:, :-1].contiguous()
@@ -322,8 +332,7 @@ def evaluation_batches(
 
 
 def _evaluation_batch(packed: PackedDataset, indices: range, count: int, document_attention: bool) -> Batch:
-    batch = _collate(
-        [packed[min(index, count - 1)] for index in indices], global_batch_size=count, document_attention=document_attention
-    )
+    stacked = _stack([packed[min(index, count - 1)] for index in indices])
+    batch = _to_batch(stacked, global_batch_size=count, document_attention=document_attention)
     is_filler_B = torch.tensor([index >= count for index in indices])
     return replace(batch, labels_BS=batch.labels_BS.masked_fill(is_filler_B.unsqueeze(1), IGNORED_LABEL))

@@ -22,15 +22,15 @@ Int64Array = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Sample:
-    """One training sample.
+    """One training sample, or several with a leading dimension.
 
     Attributes:
-        index: its number in the endless order.
+        index: int64 (), its number in the endless order.
         tokens: int64 (S + 1,).
         documents: int64 (S + 1,), 0 for the tokens of the sample's first document, 1 for the second, and so on.
     """
 
-    index: int
+    index: Int64Array
     tokens: Int64Array
     documents: Int64Array
 
@@ -91,7 +91,7 @@ class PackedDataset(Dataset[Sample]):
         # Only the first document can have begun before the sample; what is left of it is counted from its end.
         begins[0] = self.dataset.document_offsets_D[epoch.documents_D[first] + 1] - (epoch.ends_D[first] - start)
         pieces = [self.dataset.tokens_T[b : b + n] for b, n in zip(begins.tolist(), lengths.tolist(), strict=True)]
-        return Sample(index, np.concatenate(pieces).astype(np.int64), np.repeat(np.arange(lengths.size), lengths))
+        return Sample(np.array(index), np.concatenate(pieces).astype(np.int64), np.repeat(np.arange(lengths.size), lengths))
 
     def _build_epoch(self, number: int) -> _Epoch:
         lengths = np.diff(self.dataset.document_offsets_D)
