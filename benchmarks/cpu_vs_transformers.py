@@ -1,8 +1,8 @@
 """Training throughput of grin_tiny against transformers' phimoe on this machine's CPU: same shape, same tokens, one run.
 
-Steps of all contestants are interleaved (A B C A B C …), so that a noisy neighbour meets them alike, and the median step counts. A
+Steps of all contestants are interleaved (A B C A B C …), so that a noisy neighbour meets them alike, and the median counts. A
 step is forward, backward, clipping and fused AdamW. Ours runs through the engine that `megagrin train` uses, with sampled
-routing, balance loss and statistics; phimoe samples, too, and has no balance loss here. In bf16 ours keeps fp32 master weights, phimoe is
+routing, balance loss and statistics; phimoe samples, too, without a balance loss. In bf16 ours keeps fp32 masters, phimoe is
 cast to bf16 as a whole, which is less work.
 
     python benchmarks/cpu_vs_transformers.py [--rounds 9] [--out benchmarks/results/…]
