@@ -62,6 +62,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dtype = ctx.w_dtype
         db_scaled = None if db_V is None else (db_V * dloss).to(dtype)
         # In dloss's dtype: 1/tokens rounded to bf16 would bend every gradient below the head by up to 0.4 %.
+        # The second rounding remains: exact for a power of two, at worst 0.4 % (seen 0.13 %) for a scale just beside one.
         dx_scaled = (dx_TD.to(dloss.dtype) * dloss).to(dx_TD.dtype)
         return dx_scaled, (dw_VD * dloss).to(dtype), db_scaled, None, None
 
