@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megagrin.data_prep.indexed import IndexedDataset, IndexedDatasetWriter, merge, token_dtype
@@ -53,6 +53,7 @@ def test_dtype_follows_the_vocabulary(tmp_path: Path, vocab_size: int, dtype: st
     assert contents(tmp_path / "a") == [[vocab_size - 1, 0]]
 
 
+@settings(max_examples=50)
 @given(documents=documents_strategy)
 def test_round_trip_one_by_one_and_in_bulk(tmp_path_factory: pytest.TempPathFactory, documents: list[list[int]]) -> None:
     folder = tmp_path_factory.mktemp("indexed")
@@ -67,6 +68,7 @@ def test_round_trip_one_by_one_and_in_bulk(tmp_path_factory: pytest.TempPathFact
     assert dataset.tokens == sum(map(len, documents))
 
 
+@settings(max_examples=50)
 @given(parts=st.lists(documents_strategy, min_size=1, max_size=4))
 def test_merge_is_writing_in_one_go(tmp_path_factory: pytest.TempPathFactory, parts: list[list[list[int]]]) -> None:
     folder = tmp_path_factory.mktemp("merge")

