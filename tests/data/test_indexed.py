@@ -274,6 +274,16 @@ def test_offsets_beyond_4_gib(tmp_path: Path) -> None:
         IndexedDataset(tmp_path / "a")
 
 
+def test_the_writer_counts_beyond_4_gib(tmp_path: Path) -> None:
+    """Only the index, as 9 GB of tokens are too many for a test."""
+    length = 1_500_000_000
+    writer = IndexedDatasetWriter(tmp_path / "a", Provenance(100))
+    writer._extend_index(np.full(3, length, np.int64), np.arange(1, 4))
+    writer.finish()
+    index = (tmp_path / "a.idx.tmp").read_bytes()
+    assert struct.unpack("<3q", index[46:70]) == (0, 2 * length, 4 * length)
+
+
 def test_megatron_reads_ours(tmp_path: Path) -> None:
     megatron = pytest.importorskip("megatron.core.datasets.indexed_dataset")
     theirs = megatron.IndexedDataset(write(tmp_path / "a"))

@@ -139,8 +139,8 @@ def test_jsonl_gz_and_text_train_alike(tmp_path: Path, texts: list[str]) -> None
 
 
 def test_long_lines_are_learnt_from(tmp_path: Path) -> None:
-    """One line of 200 kB: at the trainer's own limit of 4192 bytes it would be dropped and nothing be left."""
-    (tmp_path / "long.txt").write_text("wonderful \u2585 strange \0 " * 8000)
+    """The trainer itself drops lines beyond its limit, and lines that hold U+2585 or NUL."""
+    (tmp_path / "long.txt").write_text("wonderful " * 20_000 + "\n" + "\u2585 strange \0 " * 8000)
     tokenizer = train_tokenizer([str(tmp_path / "long.txt")], TokenizerConfig(str(tmp_path / "m"), 291, num_threads=1))
     assert len(tokenizer.encode(" wonderful")) == 1
     assert len(tokenizer.encode(" strange")) == 1
