@@ -203,7 +203,6 @@ def test_the_global_random_state_is_left_alone(prefix: str) -> None:
     ({"seq_len": 109}, r"numbers: 109 tokens are too few for one sample of seq_len \+ 1 = 110 tokens"),
     ({"seq_len": 0}, "seq_len: 0 must be positive"),
     ({"vocab_size": VOCAB - 1}, r"numbers: its tokenizer has vocab_size=4000, the model only 3999"),
-    ({"num_workers": -1}, "data.num_workers: -1 must not be negative"),
     ({"tokenizer": "/none"}, None),
 ])  # fmt: skip
 def test_refusals(prefix: str, options: dict[str, object], message: str | None) -> None:
@@ -212,6 +211,11 @@ def test_refusals(prefix: str, options: dict[str, object], message: str | None) 
         return
     with pytest.raises(ValueError, match=message):
         batches(prefix, **options)
+
+
+def test_config_violations() -> None:
+    assert DataConfig().violations() == []
+    assert DataConfig(num_workers=-1).violations() == ["data.num_workers: -1 must not be negative"]
 
 
 def test_negative_step(prefix: str) -> None:
