@@ -6,6 +6,8 @@ import pytest
 import torch
 from helpers import GlooPool
 
+from megagrin.data_prep.tokenizer import Tokenizer, TokenizerConfig, train_tokenizer
+
 
 @pytest.fixture(scope="session")
 def gloo() -> Iterator[GlooPool]:
@@ -18,3 +20,14 @@ def gloo() -> Iterator[GlooPool]:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def small_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """1000 pieces, trained on the standard library's dataclasses and json modules."""
+    import dataclasses
+    import json.decoder
+
+    sources = [str(module.__file__) for module in (dataclasses, json.decoder, json)]
+    output = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
+    return train_tokenizer(sources, TokenizerConfig(str(output), vocab_size=1000, format="text", num_threads=1))
