@@ -35,6 +35,8 @@ FLOORS = {
     "megagrin.plot": 3,
     "megagrin.parallel.plan": 4,
     "megagrin.checkpoint": 4,
+    "megagrin.hf_mapping": 4,
+    "megagrin.hf_tokenizer": 4,
     "megagrin.engines": 5,
     "megagrin.generate": 5,
     "megagrin.hf": 5,
