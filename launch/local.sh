@@ -41,4 +41,4 @@ fi
 on_cpu "$@" || check_gpus "$NPROC" "$gpus" 0
 check_run "$NPROC" "$@"
 set_environment "$NPROC"
-run_torchrun --standalone --nproc-per-node "$NPROC" -m megagrin.train "$@"
+run_torchrun --standalone --nproc-per-node "$NPROC" -m megagrin.cli train "$@"

@@ -59,4 +59,4 @@ set_environment "$NPROC"
 rdzv_conf=join_timeout=$JOIN_TIMEOUT,read_timeout=$JOIN_TIMEOUT${IS_HEAD:+,is_host=$IS_HEAD}
 run_torchrun --nnodes "$NNODES" --nproc-per-node "$NPROC" ${LOCAL_ADDR:+--local-addr "$LOCAL_ADDR"} \
   --rdzv-backend c10d --rdzv-endpoint "$HEAD:$PORT" --rdzv-id "$RDZV_ID" --rdzv-conf "$rdzv_conf" \
-  -m megagrin.train "$@"
+  -m megagrin.cli train "$@"

@@ -120,7 +120,7 @@ def test_a_killed_rank_is_restarted_and_the_run_continues(start, recipe, tmp_pat
     log, checkpoint = tmp_path / "a.log", tmp_path / "run/checkpoints/step_00000005"
     wait_until(checkpoint.exists, lambda: process.poll() is None, log.read_text)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    ranks = [child for child in children if b"megagrin.train" in Path(f"/proc/{child}/cmdline").read_bytes()]
+    ranks = [child for child in children if b"megagrin.cli" in Path(f"/proc/{child}/cmdline").read_bytes()]
     assert len(ranks) == 2
     os.kill(int(ranks[1]), signal.SIGKILL)
     assert process.wait(WAIT_S) == 0, log.read_text()
