@@ -42,8 +42,13 @@ fi
 megagrin data verify "$DATA/${NAME}_train" "$DATA/${NAME}_valid" --tokenizer "$DATA/tokenizer.model"
 
 stage "train on two ranks, experts split over them"
-DTYPE=fp32
-if "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then DTYPE=bf16; fi
+DTYPE=$("$PYTHON" - <<'CODE'
+import torch
+# bf16 where the hardware multiplies it: emulated bf16 is slower than fp32.
+fast = torch.cuda.is_available() or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+print("bf16" if fast else "fp32")
+CODE
+)
 PYTHON="$PYTHON" launch/local.sh --nproc 2 -- --config launch/recipes/quickstart.yaml --train.run_dir "$RUN" \
   --data.train "$DATA/${NAME}_train" --data.valid "$DATA/${NAME}_valid" --data.tokenizer "$DATA/tokenizer.model" \
   --engine.dtype "$DTYPE"

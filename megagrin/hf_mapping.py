@@ -23,7 +23,7 @@ Layout = Literal["released", "fused"]
 
 # transformers' routine always runs two rounds, whatever num_experts_per_tok says.
 _TOP_K = 2
-# "grinmoe" is what microsoft/GRIN-MoE's own code calls the same model; separators are ignored in the comparison.
+# "grinmoe" is accepted on the assumption that microsoft/GRIN-MoE names itself so (not verified); separators are ignored.
 _MODEL_TYPES = ("phimoe", "grinmoe")
 
 _RENAMED = {

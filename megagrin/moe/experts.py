@@ -30,4 +30,5 @@ class Experts(torch.nn.Module):
 
     def forward(self, x_RD: Tensor, weight_R: Tensor, counts_L: Tensor, backward_weight_R: Tensor | None) -> Tensor:
         """Weighted outputs of this rank's experts, (R, D); arguments as in `megagrin.kernels.moe_mlp.expert_mlp`."""
-        return expert_mlp(x_RD, local(self.gate_up_proj), local(self.down_proj), weight_R, counts_L, backward_weight_R)
+        gate_up, down = local(self.gate_up_proj).to(x_RD.dtype), local(self.down_proj).to(x_RD.dtype)
+        return expert_mlp(x_RD, gate_up, down, weight_R, counts_L, backward_weight_R)

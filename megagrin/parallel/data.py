@@ -7,7 +7,6 @@ others by this reduction, need no factor of their own.
 
 import torch
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
 
@@ -24,7 +23,7 @@ def _expert_placement(edp: int):  # type: ignore[no-untyped-def]  # FSDP2's own 
 
 
 def shard_data_parallel(model: nn.Module, mesh: ParallelMesh, compute_dtype: torch.dtype, reshard: bool) -> None:
-    """Apply `fully_shard` to every block's experts and router, every block, and the model.
+    """Apply `fully_shard` to every layer's experts (where edp > 1), the routers, every block, and the model.
 
     Args:
         model: on the meta device, after expert parallelism.
@@ -37,22 +36,24 @@ def shard_data_parallel(model: nn.Module, mesh: ParallelMesh, compute_dtype: tor
         mixed = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     wide = MixedPrecisionPolicy(cast_forward_inputs=False)
 
-    def shard(module: nn.Module, on: DeviceMesh, policy: MixedPrecisionPolicy, reshard_after: bool = reshard) -> None:
-        fully_shard(module, mesh=on, mp_policy=policy, reshard_after_forward=reshard_after)
+    experts = [layer.experts for layer in moe_layers(model)]
+    alone: set[nn.Parameter] = set()
+    if mesh.edp.size() == 1:
+        # Nobody to share experts with: FSDP would only copy them. The module casts them to the compute dtype itself.
+        alone = {parameter for module in experts for parameter in module.parameters()}
 
-    for layer in moe_layers(model):
-        fully_shard(
-            layer.experts,
-            mesh=mesh.edp,
-            mp_policy=mixed,
-            reshard_after_forward=reshard,
-            shard_placement_fn=_expert_placement(mesh.edp.size()),
-        )
-        if compute_dtype == torch.bfloat16:
-            shard(layer.router, mesh.dp, wide)  # the router computes with its fp32 weights
+    def shard(module: nn.Module | list[nn.Module], policy: MixedPrecisionPolicy, reshard_after: bool) -> None:
+        fully_shard(module, mesh=mesh.dp, mp_policy=policy, reshard_after_forward=reshard_after, ignored_params=alone)
+
+    for module in [] if alone else experts:
+        placement = _expert_placement(mesh.edp.size())
+        fully_shard(module, mesh=mesh.edp, mp_policy=mixed, reshard_after_forward=reshard, shard_placement_fn=placement)
+    if compute_dtype == torch.bfloat16 and experts:
+        # Routers compute with their fp32 weights; small as they are, one group for all layers costs one collective, not one each.
+        shard([layer.router for layer in moe_layers(model)], wide, False)
     for block in model.get_submodule("layers").children():
-        shard(block, mesh.dp, mixed)
-    shard(model, mesh.dp, mixed, False)
+        shard(block, mixed, reshard)
+    shard(model, mixed, False)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
