@@ -12,7 +12,7 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, closing
@@ -215,7 +215,7 @@ def _encode_in_order(blocks: Iterator[Block], config: TokenizeConfig) -> Generat
     block = Block(())
     try:
         for block in blocks:
-            pending.append((block, executor.submit(encode, block)))
+            pending.append((block, _submit(executor, encode, block)))
             if len(pending) >= 2 * config.workers:
                 block, future = pending.popleft()
                 yield future.result(config.timeout)
@@ -230,6 +230,15 @@ def _encode_in_order(blocks: Iterator[Block], config: TokenizeConfig) -> Generat
         # Not shutdown(wait=True): that would wait for ever for a frozen worker, even one without work.
         executor.shutdown(wait=False, cancel_futures=True)
         _end_workers([process for process in multiprocessing.active_children() if process not in others])
+
+
+def _submit(executor: ProcessPoolExecutor, encode: Callable[[Block], _Encoded], block: Block) -> Future[_Encoded]:
+    try:
+        return executor.submit(encode, block)
+    except OSError as error:
+        # A worker's death closes the pool's pipes in another thread; a submit at that moment finds them closed (seen once in
+        # some hundred runs of the test that kills a worker), before the pool calls itself broken.
+        raise BrokenProcessPool(str(error)) from error
 
 
 def _end_workers(workers: list[BaseProcess]) -> None:

@@ -45,9 +45,10 @@ def shard_data_parallel(model: nn.Module, mesh: ParallelMesh, compute_dtype: tor
     def shard(module: nn.Module | list[nn.Module], policy: MixedPrecisionPolicy, reshard_after: bool) -> None:
         fully_shard(module, mesh=mesh.dp, mp_policy=policy, reshard_after_forward=reshard_after, ignored_params=alone)
 
-    for module in [] if alone else experts:
+    if not alone:
         placement = _expert_placement(mesh.edp.size())
-        fully_shard(module, mesh=mesh.edp, mp_policy=mixed, reshard_after_forward=reshard, shard_placement_fn=placement)
+        for shared in experts:
+            fully_shard(shared, mesh=mesh.edp, mp_policy=mixed, reshard_after_forward=reshard, shard_placement_fn=placement)
     if compute_dtype == torch.bfloat16 and experts:
         # Routers compute with their fp32 weights; small as they are, one group for all layers costs one collective, not one each.
         shard([layer.router for layer in moe_layers(model)], wide, False)

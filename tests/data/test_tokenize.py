@@ -324,3 +324,16 @@ def test_workers_do_not_outlive_a_killed_parent(tmp_path: Path, corpus: Path, to
     assert len(workers) == 3
     assert not alive
     assert outputs(tmp_path) in ([], ["out.bin.tmp"])
+
+
+def test_a_death_seen_by_submit_is_the_same_error(
+    run: Callable[..., TokenizeReport], corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pool's pipes may be closed under `submit` before the pool calls itself broken."""
+
+    def closed(*_: object) -> None:
+        raise OSError("handle is closed")
+
+    monkeypatch.setattr("megagrin.data_prep.tokenize.ProcessPoolExecutor.submit", closed)
+    with pytest.raises(ValueError, match="a worker process died"):
+        run(corpus, workers=2)
