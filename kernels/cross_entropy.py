@@ -35,17 +35,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, x_TD.shape[0], block):
             part = slice(start, start + block)
             x_CD, label_C = x_TD[part], label_T[part]
-            logit_CV = torch.nn.functional.linear(x_CD, w_VD, b_V).to(wide)
-            valid_C = label_C != IGNORE
+            logit_CV = torch.nn.functional.linear(x_CD, w_VD, b_V)
+            valid_C1 = (label_C != IGNORE).unsqueeze(1)
             # Not a clamp: a negative label other than IGNORE must fail in gather, as one beyond V does.
-            index_C1 = label_C.masked_fill(~valid_C, 0).unsqueeze(1)
-            lse_C1 = torch.logsumexp(logit_CV, dim=1, keepdim=True)
-            loss += ((lse_C1 - logit_CV.gather(1, index_C1)).squeeze(1) * valid_C).sum()
+            index_C1 = label_C.unsqueeze(1).masked_fill(~valid_C1, 0)
+            # One fused pass reads the logits and writes log-probabilities in fp32; the gradient takes one more in place.
+            logp_CV = torch.log_softmax(logit_CV, dim=1, dtype=wide)
+            loss -= logp_CV.gather(1, index_C1).masked_fill_(~valid_C1, 0).sum()
             if dx_TD is None or dw_VD is None:
                 continue
-            grad_CV = logit_CV.sub_(lse_C1).exp_()
-            grad_CV.scatter_add_(1, index_C1, torch.full_like(lse_C1, -1.0))
-            grad_CV.mul_(valid_C.unsqueeze(1))
+            grad_CV = logp_CV.exp_().scatter_add_(1, index_C1, torch.full_like(index_C1, -1, dtype=wide))
+            grad_CV.masked_fill_(~valid_C1, 0)
             if db_V is not None:
                 db_V += grad_CV.sum(0)
             narrow_CV = grad_CV.to(x_TD.dtype)
