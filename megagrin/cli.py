@@ -24,6 +24,13 @@ def usage() -> str:
     )
 
 
+def describe(error: Exception) -> str:
+    """An error's text for a user: file and reason where the system refused a file."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror is not None:
+        return f"{error.filename}: {error.strerror}"
+    return str(error) or type(error).__name__
+
+
 def run_command(name: str, argv: list[str]) -> int:
     """Run a command; errors of use become one line on stderr and exit code 2, with the traceback under `--debug`."""
     debug = "--debug" in argv
@@ -36,7 +43,7 @@ def run_command(name: str, argv: list[str]) -> int:
             traceback.print_exc()
         # Under torchrun every rank meets the same error of use; one of them says it.
         if os.environ.get("RANK", "0") == "0":
-            print(f"megagrin: error: {error}", file=sys.stderr)
+            print(f"megagrin: error: {describe(error)}", file=sys.stderr)
         return EXIT_USAGE
     except KeyboardInterrupt:
         print("megagrin: interrupted", file=sys.stderr)

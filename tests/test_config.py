@@ -147,6 +147,8 @@ def test_command_line_errors(capsys: pytest.CaptureFixture[str]) -> None:
     assert captured.err.count("\n") == 1
     assert main(["train", "--model.n_layer=3", "--debug"]) == 2
     assert "Traceback" in capsys.readouterr().err
+    assert main(["plot", "--run", "nowhere"]) == 2
+    assert capsys.readouterr().err == "megagrin: error: nowhere/metrics.jsonl: No such file or directory\n"
     assert main(["trian"]) == 2
     assert "trian: no such command" in capsys.readouterr().err
     assert main([]) == 2
