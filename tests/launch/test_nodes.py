@@ -3,7 +3,9 @@
 Two agents on one address, two machines with addresses of their own, a restart, and the time a stopped rank gets.
 """
 
+import contextlib
 import os
+import random
 import re
 import shutil
 import signal
@@ -41,9 +43,12 @@ def start(environment: dict[str, str], tmp_path: Path) -> Iterator[Start]:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return probe.getsockname()[1]
+    """A port that no outgoing connection takes either, before the agent listens on it some seconds later."""
+    for port in random.sample(range(20000, 32000), 100):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("", port))
+            return port
+    raise AssertionError("no free port")
 
 
 def agent(head: str, port: int, recipe: Path) -> list[str]:
