@@ -26,7 +26,7 @@ setup(
         "numpy>=1.26",
         "sentencepiece>=0.2.1",
         "safetensors>=0.5",
-        "jsonargparse>=4.49",
+        "jsonargparse[signatures]>=4.49",
         "PyYAML>=6",
         "rich>=13",
     ],
