@@ -41,17 +41,19 @@ if $CONTROL; then
 fi
 megagrin data verify "$DATA/${NAME}_train" "$DATA/${NAME}_valid" --tokenizer "$DATA/tokenizer.model"
 
-stage "train on two ranks, experts split over them"
-DTYPE=$("$PYTHON" - <<'CODE'
+stage "train with torchrun, experts split over the ranks"
+read -r RANKS DTYPE < <("$PYTHON" - <<'CODE'
 import torch
+gpus = torch.cuda.device_count()
 # bf16 where the hardware multiplies it: emulated bf16 is slower than fp32.
-fast = torch.cuda.is_available() or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-print("bf16" if fast else "fp32")
+fast = gpus or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+# Two ranks, on the CPU or on two GPUs; a single GPU cannot hold two.
+print(1 if gpus == 1 else 2, "bf16" if fast else "fp32")
 CODE
 )
-PYTHON="$PYTHON" launch/local.sh --nproc 2 -- --config launch/recipes/quickstart.yaml --train.run_dir "$RUN" \
+PYTHON="$PYTHON" launch/local.sh --nproc "$RANKS" -- --config launch/recipes/quickstart.yaml --train.run_dir "$RUN" \
   --data.train "$DATA/${NAME}_train" --data.valid "$DATA/${NAME}_valid" --data.tokenizer "$DATA/tokenizer.model" \
-  --engine.dtype "$DTYPE"
+  --parallel.ep "$RANKS" --engine.dtype "$DTYPE"
 
 stage "draw loss curve and expert load"
 megagrin plot --run "$RUN"

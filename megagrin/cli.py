@@ -41,8 +41,12 @@ def run_command(name: str, argv: list[str]) -> int:
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
         if debug:
             traceback.print_exc()
-        # Under torchrun every rank meets the same error of use; one of them says it.
-        if os.environ.get("RANK", "0") == "0":
+        # Before the process group is joined every rank meets the same error; one of them says it. Later ones carry their rank.
+        ranks = [note for note in getattr(error, "__notes__", []) if note.startswith("rank ")]
+        several = os.environ.get("WORLD_SIZE", "1") != "1"
+        if ranks and several:
+            print(f"megagrin: error: {ranks[0]}: {describe(error)}", file=sys.stderr)
+        elif os.environ.get("RANK", "0") == "0":
             print(f"megagrin: error: {describe(error)}", file=sys.stderr)
         return EXIT_USAGE
     except KeyboardInterrupt:

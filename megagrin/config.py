@@ -9,7 +9,7 @@ import difflib
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_type_hints
 
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace
@@ -61,7 +61,10 @@ def parse(
     except (ArgumentError, TypeError) as error:
         raise ValueError(_one_line(str(error))) from error
     names = [field.name for field in dataclasses.fields(root)]  # type: ignore[arg-type]
-    return root(**{name: instance[name] for name in names}), instance
+    config = root(**{name: instance[name] for name in names})
+    # The parser lets null through in a file, as if the key had not been given.
+    check([f"{key}: null is not a value of this setting" for key in _unexpected_nulls(config)])
+    return config, instance
 
 
 def save(config: Any, path: Path) -> None:
@@ -113,6 +116,18 @@ def check(violations: list[str]) -> None:
         raise ValueError(violations[0])
     if violations:
         raise ValueError("\n  ".join([f"{len(violations)} settings do not fit:", *violations]))
+
+
+def _unexpected_nulls(config: Any, prefix: str = "") -> list[str]:
+    keys = []
+    hints = get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            keys += _unexpected_nulls(value, f"{prefix}{field.name}.")
+        elif value is None and type(None) not in get_args(hints[field.name]):
+            keys.append(f"{prefix}{field.name}")
+    return keys
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

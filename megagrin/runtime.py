@@ -95,5 +95,9 @@ def session(config: RuntimeConfig) -> Iterator[Runtime]:
     try:
         yield Runtime(dist.get_rank(), world_size, local_rank, device)
         dist.barrier()
+    except Exception as error:
+        # From here on an error may belong to this rank alone: the command line then says which, whatever the rank.
+        error.add_note(f"rank {dist.get_rank()}")
+        raise
     finally:
         dist.destroy_process_group()

@@ -9,6 +9,7 @@ import yaml
 from megagrin import config
 from megagrin.cli import main
 from megagrin.models.grin import PRESETS
+from megagrin.runtime import RuntimeConfig, session
 from megagrin.trainer import RunConfig, parse_config
 
 RECIPES = Path(__file__).parents[1] / "launch" / "recipes"
@@ -173,3 +174,30 @@ def test_print_config_is_complete_yaml(capsys: pytest.CaptureFixture[str]) -> No
     shown = yaml.safe_load(capsys.readouterr().out)
     assert shown["model"]["n_layers"] == 32
     assert set(shown) >= {"train", "model", "router", "balance", "data", "optim", "parallel", "engine", "checkpoint", "metrics"}
+
+
+def test_an_error_of_one_rank_is_said_by_that_rank(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Once the process group is joined, an error carries its rank and is printed there: other ranks may not have it."""
+    with pytest.raises(OSError, match="disk full") as caught, session(RuntimeConfig(device="cpu")):
+        raise OSError("disk full")
+    assert caught.value.__notes__ == ["rank 0"]
+
+    def fails(_: list[str]) -> int:
+        error = OSError("disk full")
+        error.add_note("rank 1")
+        raise error
+
+    monkeypatch.setattr("megagrin.train.main", fails)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["train"]) == 2
+    assert capsys.readouterr().err == "megagrin: error: rank 1: disk full\n"
+
+
+def test_null_for_a_number(tmp_path: Path) -> None:
+    """Named by key, in a file as on the command line."""
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("model: {window: null}\n")
+    for source in (["--config", str(recipe)], ["--model.window=null"]):
+        with pytest.raises(ValueError, match=r"model\.window"):
+            parse(*source)
