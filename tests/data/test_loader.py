@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -257,6 +258,10 @@ def test_closing_ends_thread_and_workers(prefix: str) -> None:
         reader = batches(prefix, num_workers=workers)
         reader.micro_batches(0)
         del reader  # forgetting it is as good
+        # The feeder threads of the DataLoader's queues end a moment after its workers.
+        deadline = time.monotonic() + 20
+        while (threading.active_count() > threads or set(children()) - kids) and time.monotonic() < deadline:
+            time.sleep(0.01)
         assert threading.active_count() == threads
         assert set(children()) <= kids
 
