@@ -29,7 +29,7 @@ stage "collect the standard library's sources"
 "$PYTHON" launch/stdlib_corpus.py --out "$DATA/stdlib.jsonl"
 
 stage "train a SentencePiece tokenizer"
-megagrin data train-tokenizer "$DATA/stdlib.jsonl" --output "$DATA/tokenizer.model" --vocab_size 2048 --overwrite true
+megagrin data train-tokenizer "$DATA/stdlib.jsonl" --output "$DATA/tokenizer.model" --vocab_size 1024 --overwrite true
 
 stage "write token files"
 megagrin data tokenize "$DATA/stdlib.jsonl" --tokenizer "$DATA/tokenizer.model" --output "$DATA/stdlib" \
