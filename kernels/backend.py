@@ -1,0 +1,69 @@
+"""Which implementation an op takes: Triton on CUDA (or under Triton's interpreter), the PyTorch reference elsewhere.
+
+Triton itself is imported late, by the ops that decided for it: the CPU path works on a machine without it.
+"""
+
+import functools
+import importlib.util
+import os
+
+import torch
+from torch import Tensor
+
+# Programs of a persistent kernel under the interpreter: more than one, so that the tile loop's stride is exercised.
+_INTERPRETED_PROGRAMS = 3
+_MIN_CAPABILITY = (8, 0)
+# TMA addresses rows whose pitch is a multiple of this; the same holds for what the kernels' tensor descriptors accept anywhere.
+_TMA_BYTES = 16
+
+
+def interpreted() -> bool:
+    """Whether TRITON_INTERPRET=1: kernels run in Triton's interpreter, on CPU tensors. Must be set before kernels are imported."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _reference_forced() -> bool:
+    choice = os.environ.get("MEGAGRIN_KERNELS", "auto")
+    if choice not in ("auto", "torch"):
+        raise ValueError(f"MEGAGRIN_KERNELS: {choice!r} must be auto or torch")
+    return choice == "torch"
+
+
+@functools.cache
+def _triton_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def capability(device: torch.device) -> tuple[int, int]:
+    """Compute capability of a CUDA device, asked for once."""
+    return torch.cuda.get_device_capability(device)
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def use_triton(x: Tensor) -> bool:
+    """Whether an op on x takes its Triton kernel.
+
+    True on CUDA devices of compute capability 8.0 and newer where Triton is installed, and for CPU tensors under
+    TRITON_INTERPRET=1. False for float64, and everywhere with MEGAGRIN_KERNELS=torch.
+
+    Raises:
+        ValueError: MEGAGRIN_KERNELS is neither auto nor torch.
+    """
+    if x.dtype == torch.float64 or _reference_forced() or not _triton_installed():
+        return False
+    return capability(x.device) >= _MIN_CAPABILITY if x.is_cuda else interpreted()
+
+
+def tma_rows(dtype: torch.dtype, *widths: int) -> bool:
+    """Whether contiguous rows of these many elements can be addressed by tensor descriptors: multiples of 16 bytes, not empty."""
+    return all(width > 0 and width * dtype.itemsize % _TMA_BYTES == 0 for width in widths)
+
+
+def programs(device: torch.device) -> int:
+    """Programs of a persistent kernel: one per multiprocessor."""
+    return _multiprocessors(device) if device.type == "cuda" else _INTERPRETED_PROGRAMS
