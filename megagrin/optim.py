@@ -9,6 +9,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from megagrin.parallel.comm import local_tensor
+
 
 @dataclass(frozen=True)
 class OptimConfig:
@@ -70,11 +72,6 @@ def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
     return config.lr
 
 
-def local_tensor(tensor: Tensor) -> Tensor:
-    """What this rank holds of a tensor."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
 def build_adamw(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     """Fused AdamW with one group per (mesh, decay): a fused step takes tensors of one mesh only."""
     groups: dict[tuple[object, bool], list[nn.Parameter]] = {}
@@ -91,17 +88,22 @@ def build_adamw(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     )
 
 
-def _replicas(gradient: Tensor, world_size: int) -> int:
-    """How many ranks hold each element."""
+def _replicas(gradient: Tensor, ranks: int) -> int:
+    """How many of the ranks hold each element."""
     if not isinstance(gradient, DTensor):
-        return world_size
+        return ranks
     mesh = gradient.device_mesh
-    sharded = [mesh.size(axis) for axis, placement in enumerate(gradient.placements) if placement.is_shard()]
-    return world_size // math.prod(sharded)
+    # Not is_shard(): it denies a dimension that two axes cut (_StridedShard).
+    sharded = [mesh.size(axis) for axis, placement in enumerate(gradient.placements) if not placement.is_replicate()]
+    return ranks // math.prod(sharded)
 
 
-def gradient_norm(parameters: list[nn.Parameter]) -> Tensor:
+def gradient_norm(parameters: list[nn.Parameter], stages: int = 1) -> Tensor:
     """Euclidean norm over every element of every gradient, each counted once, whatever its mesh and placement.
+
+    Args:
+        parameters: this rank's.
+        stages: pipeline stages; a parameter lives in one of them, on world size / stages ranks.
 
     Returns:
         fp64 scalar, equal on all ranks. A parameter without gradient counts as zero.
@@ -113,7 +115,7 @@ def gradient_norm(parameters: list[nn.Parameter]) -> Tensor:
     if locals_:
         # Squares are summed in fp64: in fp32 the sum of 10^10 small squares would stop growing.
         norms = torch.stack(torch._foreach_norm(locals_, 2)).double()
-        replicas = [_replicas(gradient, world_size) for gradient in gradients]
+        replicas = [_replicas(gradient, world_size // stages) for gradient in gradients]
         total = (norms.square() / torch.tensor(replicas, dtype=torch.float64, device=norms.device)).sum()
     if world_size > 1:
         dist.all_reduce(total)

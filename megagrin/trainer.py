@@ -103,13 +103,13 @@ class RunConfig:
         broken += [*self.data.violations(), *self.runtime.violations()]
         broken += self.parallel.violations(world_size, self.model.n_experts)
         train = self.train
-        if min(train.global_batch_size, train.micro_batch_size) >= 1 and train.global_batch_size % (
-            world_size * train.micro_batch_size
-        ):
-            broken.append(
-                f"train.global_batch_size: {train.global_batch_size} must be a multiple of "
-                f"ranks × train.micro_batch_size ({world_size} × {train.micro_batch_size})"
-            )
+        dp = self.parallel.data_parallel_size(world_size)
+        if dp >= 1 and min(train.global_batch_size, train.micro_batch_size) >= 1:
+            if train.global_batch_size % (dp * train.micro_batch_size):
+                broken.append(
+                    f"train.global_batch_size: {train.global_batch_size} must be a multiple of "
+                    f"data-parallel ranks × train.micro_batch_size ({dp} × {train.micro_batch_size})"
+                )
         if train.seq_len > self.model.max_positions:
             broken.append(f"train.seq_len: {train.seq_len} must not exceed model.max_positions ({self.model.max_positions})")
         if self.router.forced_balance and not train.allow_forced_balance:
@@ -150,7 +150,7 @@ class Trainer:
             run.data.train,
             global_batch_size=run.train.global_batch_size,
             micro_batch_size=run.train.micro_batch_size,
-            dp_size=runtime.world_size,
+            dp_size=self.mesh.dp_size,
             seed=run.train.seed,
             **common,
         )
@@ -161,7 +161,7 @@ class Trainer:
                 run.data.valid,
                 samples=run.train.eval_samples,
                 micro_batch_size=run.train.micro_batch_size,
-                dp_size=runtime.world_size,
+                dp_size=self.mesh.dp_size,
                 **common,
             )
         self.engine = NativeEngine(
@@ -220,18 +220,26 @@ class Trainer:
             )
 
 
+def _degrees(**sizes: int) -> list[tuple[str, int]]:
+    """Axes of more than one rank; the data-parallel one, which comes with every layout, is always named."""
+    return [(name, size) for name, size in sizes.items() if size > 1 or name.endswith("dp")]
+
+
 def describe(run: RunConfig, world_size: int) -> str:
     """What a run would be, in a few lines."""
     total, active = run.model.parameter_counts()
     train = run.train
-    accumulation = train.global_batch_size // (world_size * train.micro_batch_size)
+    parallel = run.parallel
+    dp, edp = parallel.data_parallel_size(world_size), parallel.expert_data_parallel_size(world_size)
+    accumulation = train.global_batch_size // (dp * train.micro_batch_size)
     tokens = train.global_batch_size * train.seq_len
-    edp = world_size // run.parallel.ep
+    dense = " × ".join(f"{name} {size}" for name, size in _degrees(pp=parallel.pp, dp=dp, cp=parallel.cp, tp=parallel.tp))
+    experts = " × ".join(f"{name} {size}" for name, size in _degrees(edp=edp, ep=parallel.ep, etp=parallel.etp))
     digits = max(0, 3 - int(math.log10(max(1, total / 1e6))))
     return "\n".join(
         [
             f"model    {run.model.preset}: {total / 1e6:.{digits}f}M parameters, {active / 1e6:.{digits}f}M active per token",
-            f"layout   {world_size} ranks: dp {world_size}; experts ep {run.parallel.ep} × edp {edp}",
+            f"layout   {world_size} ranks: {dense}; experts {experts}",
             f"batch    {tokens:,} tokens: {train.global_batch_size} sequences of {train.seq_len}, "
             f"{accumulation} micro-batches a rank",
             f"length   {train.steps:,} steps, {train.steps * tokens:,} tokens",

@@ -30,7 +30,7 @@ def test_loss_is_one_when_balanced(n_experts: int, top_k: int) -> None:
 def test_loss_of_hand_made_loads() -> None:
     counts_LE = torch.tensor([[6, 2, 0, 0], [2, 2, 2, 2]])
     mean_prob_LE = torch.tensor([[0.5, 0.3, 0.1, 0.1], [0.7, 0.1, 0.1, 0.1]], dtype=torch.float64)
-    f_LE = torch.stack([load_fraction(counts_E, torch.float64) for counts_E in counts_LE])
+    f_LE = load_fraction(counts_LE, torch.float64)
     # 4·(0.75·0.5 + 0.25·0.3) = 1.8, and 1 for balanced counts whatever the probabilities
     torch.testing.assert_close(balance_loss(f_LE, mean_prob_LE), torch.tensor([1.8, 1.0], dtype=torch.float64))
     collapsed = balance_loss(load_fraction(torch.tensor([9, 0, 0, 0])), torch.tensor([1.0, 0, 0, 0]))

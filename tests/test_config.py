@@ -119,7 +119,7 @@ def test_all_violations_at_once() -> None:
         "model.n_heads: 6 must be a multiple of model.n_kv_heads (4)",
         "model.top_k: 17 must lie in [1, model.n_experts = 16]",
         "model.head_dim: 7 must be even",
-        "train.global_batch_size: 9 must be a multiple of ranks × train.micro_batch_size (4 × 4)",
+        "train.global_batch_size: 9 must be a multiple of data-parallel ranks × train.micro_batch_size (4 × 4)",
         "train.seq_len: 4096 must not exceed model.max_positions (1024)",
         "parallel.ep: 3 must divide the number of ranks (4)",
         "parallel.ep: 3 must divide model.n_experts (16)",

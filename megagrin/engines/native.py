@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
-from megagrin.data.loader import Batch
+from megagrin.data.loader import IGNORED_LABEL, Batch
 from megagrin.models.init import init_parameters
 from megagrin.models.transformer import LayerStats, ModelConfig, Output, Transformer
 from megagrin.moe.balance import BalanceConfig, balance_loss, load_fraction
@@ -95,12 +95,12 @@ class NativeEngine:
         for index, batch in enumerate(batches):
             self._sync_gradients(index == len(batches) - 1)
             draws = Draws(self.seed, step, batch.token_index_BS.flatten())
-            train = TrainRouting(draws, routed, self.previous_f_LE, self.mesh.dp_group)
+            train = TrainRouting(draws, routed, self.previous_f_LE, self.mesh.group("tokens"))
             output = self._forward(batch, train)
             assert output.loss_sum is not None
             (output.loss_sum / max(1, labelled)).backward()
             sums.append(_pack(output))
-        norm = gradient_norm(self.parameters)
+        norm = gradient_norm(self.parameters, self.mesh.size("pp"))
         if not torch.isfinite(norm):
             raise FloatingPointError(f"step {step + 1}: the gradient norm is {norm.item()}; the weights were not changed")
         if self.optim_config.clip_norm > 0:
@@ -121,8 +121,8 @@ class NativeEngine:
         for batch in (host.to(self.device) for host in batches):
             output = self._forward(batch, None)
             assert output.loss_sum is not None
-            total += torch.stack([output.loss_sum.double(), (batch.labels_BS != -100).sum().double()])
-        dist.all_reduce(total, group=self.mesh.dp_group)
+            total += torch.stack([output.loss_sum.double(), (batch.labels_BS != IGNORED_LABEL).sum().double()])
+        dist.all_reduce(total)
         return (total[0] / total[1].clamp_min(1)).item()
 
     def _forward(self, batch: Batch, train: TrainRouting | None) -> Output:
@@ -131,9 +131,9 @@ class NativeEngine:
     def _global_tokens(self, batches: list[Batch]) -> tuple[int, int]:
         """Tokens, and tokens with a label, of the global batch."""
         routed = sum(batch.tokens_BS.numel() for batch in batches)
-        labelled = torch.stack([(batch.labels_BS != -100).sum() for batch in batches]).sum()
+        labelled = torch.stack([(batch.labels_BS != IGNORED_LABEL).sum() for batch in batches]).sum()
         both = torch.stack([torch.full_like(labelled, routed), labelled])
-        dist.all_reduce(both, group=self.mesh.dp_group)
+        dist.all_reduce(both, group=self.mesh.group("dp"))
         return tuple(both.tolist())
 
     def _sync_gradients(self, last: bool) -> None:
@@ -143,21 +143,16 @@ class NativeEngine:
             self.model.set_is_last_backward(last)
 
     def _result(self, sums: Tensor, routed: int, labelled: int, norm: Tensor) -> StepResult:
-        dist.all_reduce(sums, group=self.mesh.dp_group)
+        dist.all_reduce(sums)
         loss = sums[0].item() / max(1, labelled)
         if not self.model.config.is_moe:
             return StepResult(loss, 0.0, 0.0, norm.item(), None)
         stats = _unpack(sums[1:], self.previous_f_LE.shape)
-        f_LE = load_fraction_by_layer(stats.counts_LE)
+        f_LE = load_fraction(stats.counts_LE, torch.float64)
         self.previous_f_LE.copy_(f_LE)
         balance = balance_loss(f_LE, stats.prob_sum_LE / routed).mean().item()
         z = (stats.z_sum_L / routed).mean().item()
         return StepResult(loss, balance, z, norm.item(), stats.counts_LE.cpu())
-
-
-def load_fraction_by_layer(counts_LE: Tensor) -> Tensor:
-    """`load_fraction` of each layer, fp64."""
-    return torch.stack([load_fraction(counts_E, torch.float64) for counts_E in counts_LE])
 
 
 def _pack(output: Output) -> Tensor:

@@ -51,8 +51,8 @@ class BalanceConfig:
 
 
 def load_fraction(counts_E: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """f: rows per expert over all rows. No rows at all counts as balanced."""
-    total = counts_E.sum()
+    """f: rows per expert over all rows. No rows at all counts as balanced. Broadcasts over leading dimensions (layers)."""
+    total = counts_E.sum(-1, keepdim=True)
     balanced = torch.full(counts_E.shape, 1 / counts_E.shape[-1], dtype=dtype, device=counts_E.device)
     return torch.where(total > 0, counts_E.to(dtype) / total.clamp_min(1), balanced)
 

@@ -5,14 +5,9 @@ Shape suffixes: R routed rows, D model width, F expert width, L experts of this 
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from megagrin.kernels.moe_mlp import expert_mlp
-
-
-def local(parameter: Tensor) -> Tensor:
-    """The part of a parameter that this rank computes with: expert weights are stored as DTensors, computed as local tensors."""
-    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+from megagrin.parallel.comm import local_tensor
 
 
 class Experts(torch.nn.Module):
@@ -30,5 +25,5 @@ class Experts(torch.nn.Module):
 
     def forward(self, x_RD: Tensor, weight_R: Tensor, counts_L: Tensor, backward_weight_R: Tensor | None) -> Tensor:
         """Weighted outputs of this rank's experts, (R, D); arguments as in `megagrin.kernels.moe_mlp.expert_mlp`."""
-        gate_up, down = local(self.gate_up_proj).to(x_RD.dtype), local(self.down_proj).to(x_RD.dtype)
+        gate_up, down = (local_tensor(weight).to(x_RD.dtype) for weight in (self.gate_up_proj, self.down_proj))
         return expert_mlp(x_RD, gate_up, down, weight_R, counts_L, backward_weight_R)

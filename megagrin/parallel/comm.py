@@ -9,6 +9,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.distributed.tensor import DTensor
+
+
+def local_tensor(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor: parameters are stored as DTensors and computed with as local tensors."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def exchange_counts(send_counts: Tensor, group: dist.ProcessGroup) -> Tensor:

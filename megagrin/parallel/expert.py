@@ -20,7 +20,7 @@ def shard_experts(model: nn.Module, mesh: ParallelMesh) -> None:
         n_experts = layer.experts.gate_up_proj.shape[0]
         for name, parameter in list(layer.experts.named_parameters()):
             assert parameter.is_meta
-            local = torch.empty(parameter.shape[0] // mesh.ep.size(), *parameter.shape[1:], dtype=parameter.dtype, device="meta")
-            sharded = DTensor.from_local(local, mesh.ep, [Shard(0)], run_check=False)
+            local = torch.empty(parameter.shape[0] // mesh.size("ep"), *parameter.shape[1:], dtype=parameter.dtype, device="meta")
+            sharded = DTensor.from_local(local, mesh.expert["ep"], [Shard(0)], run_check=False)
             layer.experts.register_parameter(name, nn.Parameter(sharded))
-        layer.token_dispatch = AllToAllDispatch(n_experts, mesh.ep.get_group())
+        layer.token_dispatch = AllToAllDispatch(n_experts, mesh.group("ep"))

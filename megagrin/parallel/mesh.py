@@ -1,10 +1,12 @@
 """From parallel degrees to named device meshes: the only place where ranks are computed.
 
-Attention and everything dense runs on the axis (dp), experts on the axes (edp, ep) over the same ranks, dp = edp · ep.
-Consecutive ranks form an expert-parallel group, so that its all-to-all stays inside a node where the degree allows.
+The same ranks are seen in two ways (folding). Everything dense runs on (pp, dp, cp, tp), experts on (pp, edp, ep, etp), with
+dp·cp·tp = edp·ep·etp ranks in a pipeline stage. The last axis holds consecutive ranks, so that the most talkative dimension stays
+inside a node. Each view is a mesh of its own, because FSDP2 wants the axis it shards over and the axes a parameter is already
+cut along in one mesh.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -15,52 +17,121 @@ class ParallelConfig:
     """Degrees of parallelism; data parallelism takes the ranks that are left.
 
     Attributes:
+        tp: ranks that share every dense matrix, and the sequence between the matrices (tensor and sequence parallel).
+        pp: pipeline stages.
+        cp: ranks that share each sequence in attention (context parallel).
         ep: ranks that share one set of experts, by dropless all-to-all; 1 keeps all experts on every rank.
+        etp: ranks that share each expert's matrices (expert tensor parallel).
+        dp_replicate: copies of the sharded model, usually the number of nodes: parameters are gathered inside a copy only
+            (hybrid sharding); 1 shards over all data-parallel ranks.
     """
 
+    tp: int = 1
+    pp: int = 1
+    cp: int = 1
     ep: int = 1
+    etp: int = 1
+    dp_replicate: int = 1
+
+    def data_parallel_size(self, world_size: int) -> int:
+        """Ranks that see different sequences; 0 where the degrees do not fit the number of ranks."""
+        return self._left_over(world_size, self.pp * self.cp * self.tp)
+
+    def expert_data_parallel_size(self, world_size: int) -> int:
+        """Ranks that hold the same part of the same experts; 0 where the degrees do not fit the number of ranks."""
+        return self._left_over(world_size, self.pp * self.ep * self.etp)
+
+    @staticmethod
+    def _left_over(world_size: int, taken: int) -> int:
+        return world_size // taken if taken >= 1 and world_size % taken == 0 else 0
 
     def violations(self, world_size: int, n_experts: int) -> list[str]:
-        """Every broken rule, as `field: value and rule`."""
-        if self.ep < 1:
-            return [f"parallel.ep: {self.ep} must be at least 1"]
+        """Every broken rule about ranks and experts, as `field: value and rule`."""
+        small = [f"parallel.{f.name}: {getattr(self, f.name)} must be at least 1" for f in fields(self) if getattr(self, f.name) < 1]
+        if small:
+            return small
         broken = []
-        if world_size % self.ep:
-            broken.append(f"parallel.ep: {self.ep} must divide the number of ranks ({world_size})")
-        if self.ep > 1 and n_experts == 0:
-            broken.append(f"parallel.ep: {self.ep} needs a model with experts; model.n_experts is 0")
+        for names in (("pp", "cp", "tp"), ("pp", "ep", "etp")):
+            degrees = [getattr(self, name) for name in names]
+            product = degrees[0] * degrees[1] * degrees[2]
+            if world_size % product:
+                label = " × ".join(f"parallel.{name}" for name, degree in zip(names, degrees, strict=True) if degree > 1)
+                broken.append(f"{label}: {product} must divide the number of ranks ({world_size})")
+        if n_experts == 0:
+            broken += [
+                f"parallel.{name}: {getattr(self, name)} needs a model with experts; model.n_experts is 0"
+                for name in ("ep", "etp")
+                if getattr(self, name) > 1
+            ]
         elif n_experts % self.ep:
             broken.append(f"parallel.ep: {self.ep} must divide model.n_experts ({n_experts})")
+        if not broken:
+            for size, what in (
+                (self.data_parallel_size(world_size), "data-parallel ranks"),
+                (self.expert_data_parallel_size(world_size), "ranks with the same experts"),
+            ):
+                if size % self.dp_replicate:
+                    broken.append(f"parallel.dp_replicate: {self.dp_replicate} must divide the {what} ({size})")
         return broken
 
 
 @dataclass(frozen=True)
 class ParallelMesh:
-    """The meshes of a job.
+    """The meshes of a job. A view's axes all exist, with size 1 where the degree is 1.
 
     Attributes:
-        dp: one axis over all ranks; dense parameters are sharded over it, batches are split over it.
-        edp: ranks that hold the same experts; expert parameters are sharded over it.
-        ep: ranks that share one set of experts.
+        dense: (pp, dp_replicate, fsdp, tp): where dense parameters live; fsdp = dp_shard · cp, as both see different tokens.
+        batch: (pp, dp, cp, tp): which sequences, and which part of a sequence, a rank sees.
+        expert: (pp, dp_replicate, fsdp, ep, etp): where expert parameters live; fsdp are ranks that hold the same experts.
+        stage: (pp, tokens): the ranks of a pipeline stage, each with tokens of its own (tp ranks by sequence parallelism).
     """
 
-    dp: DeviceMesh
-    edp: DeviceMesh
-    ep: DeviceMesh
+    dense: DeviceMesh
+    batch: DeviceMesh
+    expert: DeviceMesh
+    stage: DeviceMesh
 
     @property
     def dp_rank(self) -> int:
         """This rank's block of the global batch."""
-        return self.dp.get_local_rank()
+        return self.batch["dp"].get_local_rank()
 
     @property
-    def dp_group(self) -> dist.ProcessGroup:
-        """All ranks that see different tokens."""
-        return self.dp.get_group()
+    def dp_size(self) -> int:
+        """Number of blocks that the global batch is cut into."""
+        return self.batch["dp"].size()
+
+    def size(self, axis: str) -> int:
+        """Ranks along one of pp, dp, cp, tp, ep, etp."""
+        return (self.expert if axis in ("ep", "etp") else self.batch)[axis].size()
+
+    def rank(self, axis: str) -> int:
+        """This rank's place along one of pp, dp, cp, tp, ep, etp."""
+        return (self.expert if axis in ("ep", "etp") else self.batch)[axis].get_local_rank()
+
+    def group(self, axis: str) -> dist.ProcessGroup:
+        """The process group along one of pp, dp, cp, tp, ep, etp, or `tokens`: the ranks of this stage."""
+        if axis == "tokens":
+            return self.stage["tokens"].get_group()
+        return (self.expert if axis in ("ep", "etp") else self.batch)[axis].get_group()
+
+    def sharding(self, view: DeviceMesh) -> DeviceMesh:
+        """The axes that FSDP2 shards parameters of `dense` or `expert` over: (fsdp), or (dp_replicate, fsdp)."""
+        return view["fsdp"] if view["dp_replicate"].size() == 1 else view["dp_replicate", "fsdp"]
 
 
 def build_mesh(config: ParallelConfig, device_type: str) -> ParallelMesh:
     """Build the meshes over the default process group, whose size must fit the degrees (`ParallelConfig.violations`)."""
-    edp = dist.get_world_size() // config.ep
-    mesh = init_device_mesh(device_type, (edp, config.ep), mesh_dim_names=("edp", "ep"))
-    return ParallelMesh(mesh._flatten("dp"), mesh["edp"], mesh["ep"])
+    world = dist.get_world_size()
+    dp, edp = config.data_parallel_size(world), config.expert_data_parallel_size(world)
+
+    def view(**axes: int) -> DeviceMesh:
+        return init_device_mesh(device_type, tuple(axes.values()), mesh_dim_names=tuple(axes))
+
+    copies = config.dp_replicate
+    return ParallelMesh(
+        dense=view(pp=config.pp, dp_replicate=copies, fsdp=dp // copies * config.cp, tp=config.tp),
+        batch=view(pp=config.pp, dp=dp, cp=config.cp, tp=config.tp),
+        expert=view(pp=config.pp, dp_replicate=copies, fsdp=edp // copies, ep=config.ep, etp=config.etp),
+        stage=view(pp=config.pp, tokens=world // config.pp),
+    )

@@ -17,6 +17,6 @@ def parallelize(model: Transformer, mesh: ParallelMesh, compute_dtype: torch.dty
         compute_dtype: dtype of matrix products.
         reshard: see `shard_data_parallel`.
     """
-    if mesh.ep.size() > 1:
+    if mesh.size("ep") > 1:
         shard_experts(model, mesh)
     shard_data_parallel(model, mesh, compute_dtype, reshard)
