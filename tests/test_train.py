@@ -210,7 +210,7 @@ def test_dry_run_describes(tmp_path: Path, tokens: str, capsys: pytest.CaptureFi
     """The layout for any number of ranks, without starting one."""
     arguments = ["train", *TINY, f"--data.train={tokens}", "--train.global_batch_size=64", "--parallel.ep=2"]
     assert main([*arguments, "--dry_run", "--world_size=8"]) == 0
-    assert "8 ranks: dp 8; experts ep 2 × edp 4" in capsys.readouterr().out
+    assert "8 ranks: dp 8; experts edp 4 × ep 2" in capsys.readouterr().out
     assert main([*arguments, "--dry_run", "--world_size=5"]) == 2
     assert "parallel.ep: 2 must divide the number of ranks (5)" in capsys.readouterr().err
 
