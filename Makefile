@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help setup quickstart control test test-slow test-all lint format types bench clean
+.PHONY: help setup quickstart control test test-slow test-all lint hooks format types bench clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,6 +38,9 @@ lint: setup  ## ruff and shellcheck
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check --quiet .
 	@$(BIN)/shellcheck launch/*.sh launch/*.sbatch .ci/run tests/launch/*.sh
+
+hooks: setup  ## the hooks of pre-commit, lint and types among them, on every file
+	@$(BIN)/pre-commit run --all-files
 
 format: setup  ## rewrite files in the project's format
 	@$(BIN)/ruff check --fix --quiet . ; $(BIN)/ruff format --quiet .
