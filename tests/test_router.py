@@ -8,10 +8,10 @@ from types import ModuleType
 
 import pytest
 import torch
+from router_models import moe_layer
 from torch import Tensor
 
 from megagrin import rng
-from megagrin.moe.balance import BalanceConfig
 from megagrin.moe.layer import MoELayer, TrainRouting
 from megagrin.moe.router import Draws, Router, RouterConfig, dropped_by_code, dropped_by_paper, sample, sparsemixer
 
@@ -27,14 +27,6 @@ def draws(n_tokens: int, seed: int = 3, step: int = 0, first: int = 0) -> Draws:
 def bernoulli_of(words_TW: Tensor) -> list[list[bool]]:
     """B of SparseMixer-v2 for each token and two rounds, from the words themselves: word / 2^32 < 1/4."""
     return [[word / 2**32 < 1 / 4 for word in row[1:4:2]] for row in words_TW.tolist()]
-
-
-def moe_layer(n_experts: int, d_model: int, d_ff: int, top_k: int, config: RouterConfig, seed: int = 0) -> MoELayer:
-    layer = MoELayer(d_model, d_ff, n_experts, top_k, 0, config, BalanceConfig(coef=0.0)).double()
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in layer.parameters():
-        torch.nn.init.normal_(parameter, generator=generator)
-    return layer
 
 
 def phimoe() -> ModuleType:

@@ -9,10 +9,10 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from router_models import moe_layer
 from torch import Tensor
 
 from megagrin import rng
-from megagrin.moe.balance import BalanceConfig
 from megagrin.moe.layer import MoELayer, TrainRouting
 from megagrin.moe.router import Draws, RouterConfig, sparsemixer
 
@@ -87,14 +87,6 @@ def closed_form(layer: MoELayer, x_TD: Tensor, dy_TD: Tensor, experts: Tensor, b
             d_down[expert] += to_down
         dx_TD[t] += dz_TE[t] @ router_ED
     return [y_TD, dz_TE, dx_TD, dz_TE.T @ x_TD, d_gate_up, d_down]
-
-
-def moe_layer(n_experts: int, d_model: int, d_ff: int, top_k: int, config: RouterConfig, seed: int = 0) -> MoELayer:
-    layer = MoELayer(d_model, d_ff, n_experts, top_k, 0, config, BalanceConfig(coef=0.0)).double()
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in layer.parameters():
-        torch.nn.init.normal_(parameter, generator=generator)
-    return layer
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 3])
