@@ -24,7 +24,7 @@ def main() -> int:
     speed = sorted(row["tokens_per_second"] for row in train)[len(train) // 2]
     worst = max(max(row["load_max"]) for row in train[-20:])
     experts = len(train[-1]["load"][0])
-    print(f"validation loss   {first:.3f} before training -> {last:.3f} after step {valid[-1][0]} ({100 * fall:.0f} % lower)")
+    print(f"validation loss   {first:.3f} before training -> {last:.3f} after step {valid[-1][0]} ({100 * fall:.1f} % lower)")
     print(f"perplexity        {math.exp(first):.0f} -> {math.exp(last):.1f}")
     print(f"median speed      {speed:,.0f} tokens/s; largest expert load {worst:.3f} (balanced {1 / experts:.4f})")
     for picture in sorted((options.run / "plots").glob("*.png")):
@@ -35,7 +35,7 @@ def main() -> int:
         return int(learned)
     if fall < REQUIRED_FALL:
         print(
-            f"megagrin: error: the validation loss fell by {100 * fall:.0f} %, expected {100 * REQUIRED_FALL:.0f} %",
+            f"megagrin: error: the validation loss fell by {100 * fall:.1f} %, expected {100 * REQUIRED_FALL:.0f} %",
             file=sys.stderr,
         )
         return 1

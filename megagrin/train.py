@@ -9,7 +9,8 @@ import torch
 
 from megagrin import config
 from megagrin.engines.native import StepResult
-from megagrin.metrics import MetricsLogger, expert_load, flops_per_token, peak_flops
+from megagrin.flops import flops_per_token, model_flops_utilization, peak_flops
+from megagrin.metrics import MetricsLogger, expert_load
 from megagrin.optim import learning_rate
 from megagrin.runtime import Runtime, session, world_size_from_environment
 from megagrin.trainer import RunConfig, Trainer, describe, parse_config
@@ -112,7 +113,8 @@ class _Rates:
         model = run.model
         self.tokens = run.train.global_batch_size * run.train.seq_len
         self.device = runtime.device
-        per_token = flops_per_token(
+        self.world_size = runtime.world_size
+        self.token_flops = flops_per_token(
             n_layers=model.n_layers,
             d_model=model.d_model,
             n_heads=model.n_heads,
@@ -127,8 +129,7 @@ class _Rates:
         )
         dtype = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}[run.engine.dtype]
         # On rank 0 only: an unknown device is measured, and ranks that share a CPU would measure each other.
-        peak = peak_flops(self.device, dtype, run.metrics.peak_tflops) if runtime.is_main else float("inf")
-        self.mfu_per_rate = per_token / (peak * runtime.world_size)
+        self.peak = peak_flops(self.device, dtype, run.metrics.peak_tflops) if runtime.is_main else float("inf")
         self.last = time.perf_counter()
 
     def pause(self) -> None:
@@ -139,7 +140,8 @@ class _Rates:
         now = time.perf_counter()
         rate = self.tokens / (now - self.last)
         self.last = now
-        return {"tokens_per_second": rate, "mfu": rate * self.mfu_per_rate, "memory_gib": self._memory() / 2**30}
+        mfu = model_flops_utilization(rate, self.token_flops, self.world_size, self.peak)
+        return {"tokens_per_second": rate, "mfu": mfu, "memory_gib": self._memory() / 2**30}
 
     def _memory(self) -> float:
         """Peak bytes: of the GPU, or of this process on a CPU."""

@@ -104,12 +104,12 @@ class RunConfig:
         broken += self.parallel.violations(world_size, self.model.n_experts)
         train = self.train
         dp = self.parallel.data_parallel_size(world_size)
-        if dp >= 1 and min(train.global_batch_size, train.micro_batch_size) >= 1:
-            if train.global_batch_size % (dp * train.micro_batch_size):
-                broken.append(
-                    f"train.global_batch_size: {train.global_batch_size} must be a multiple of "
-                    f"data-parallel ranks × train.micro_batch_size ({dp} × {train.micro_batch_size})"
-                )
+        positive = min(dp, train.global_batch_size, train.micro_batch_size) >= 1
+        if positive and train.global_batch_size % (dp * train.micro_batch_size):
+            broken.append(
+                f"train.global_batch_size: {train.global_batch_size} must be a multiple of "
+                f"data-parallel ranks × train.micro_batch_size ({dp} × {train.micro_batch_size})"
+            )
         if train.seq_len > self.model.max_positions:
             broken.append(f"train.seq_len: {train.seq_len} must not exceed model.max_positions ({self.model.max_positions})")
         if self.router.forced_balance and not train.allow_forced_balance:
