@@ -18,7 +18,7 @@ _TMA_BYTES = 16
 
 
 def interpreted() -> bool:
-    """Whether TRITON_INTERPRET=1: kernels run in Triton's interpreter, on CPU tensors. Must be set before kernels are imported."""
+    """Whether TRITON_INTERPRET=1: kernels run in Triton's interpreter, on CPU tensors. To be set before they are imported."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 

@@ -48,9 +48,9 @@ def _use_grouped_mm(x: Tensor) -> bool:
     return x.is_cuda and x.dtype == torch.bfloat16
 
 
-# oneDNN builds a primitive for every new shape, and rows per expert are new in every step: on 2 cores with avx512_bf16, products
-# of 60 to 200 rows ran at 62 to 100 GF/s with ever new sizes and at 155 to 170 GF/s with sizes rounded up to multiples of 32.
-# MKL's fp32 products do not care.
+# oneDNN builds a primitive for every new shape, and rows per expert are new in every step: on one thread with avx512_bf16,
+# products of 60 to 200 rows ran at 62 to 100 GF/s with ever new sizes, at 154 to 168 GF/s with sizes rounded up to multiples of
+# 32. MKL's fp32 products do not care.
 _ROW_MULTIPLE = 32
 
 

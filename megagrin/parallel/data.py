@@ -22,7 +22,9 @@ def _placement(shards: int):  # type: ignore[no-untyped-def]  # FSDP2's own call
     """
 
     def placement(parameter: nn.Parameter) -> Shard:
-        cut = {shard.dim for shard in parameter.placements if isinstance(shard, Shard)} if isinstance(parameter, DTensor) else set()
+        cut = (
+            {shard.dim for shard in parameter.placements if isinstance(shard, Shard)} if isinstance(parameter, DTensor) else set()
+        )
         free = [dim for dim in range(1, parameter.dim()) if dim not in cut and parameter.shape[dim] % shards == 0]
         if not free or (0 not in cut and parameter.dim() < 3):
             return Shard(0)

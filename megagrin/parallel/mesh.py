@@ -47,7 +47,9 @@ class ParallelConfig:
 
     def violations(self, world_size: int, n_experts: int) -> list[str]:
         """Every broken rule about ranks and experts, as `field: value and rule`."""
-        small = [f"parallel.{f.name}: {getattr(self, f.name)} must be at least 1" for f in fields(self) if getattr(self, f.name) < 1]
+        small = [
+            f"parallel.{f.name}: {getattr(self, f.name)} must be at least 1" for f in fields(self) if getattr(self, f.name) < 1
+        ]
         if small:
             return small
         broken = []
