@@ -244,9 +244,19 @@ def prune(run_dir: Path, keep: int) -> None:
         shutil.rmtree(path)
 
 
-def gather(model: nn.Module) -> dict[str, Tensor]:
-    """Full parameters on every rank's CPU, for tests and small models only."""
-    return {
+def gather(model: nn.Module, stages: dist.ProcessGroup | None = None) -> dict[str, Tensor]:
+    """Full parameters on every rank's CPU, for tests and small models only.
+
+    Args:
+        model: this rank's parameters.
+        stages: the pipeline axis, over which the parameters of the other stages are collected.
+    """
+    held = {
         name: (parameter.full_tensor() if isinstance(parameter, DTensor) else parameter).detach().cpu()
         for name, parameter in model.named_parameters()
     }
+    if stages is None or dist.get_world_size(stages) == 1:
+        return held
+    parts: list[Any] = [None] * dist.get_world_size(stages)
+    dist.all_gather_object(parts, held, group=stages)
+    return {name: tensor for part in parts for name, tensor in part.items()}
