@@ -6,6 +6,7 @@ Shape suffixes: B sequences, S positions, T = B·S tokens, D model width, V voca
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from megagrin.kernels.cross_entropy import linear_cross_entropy
 from megagrin.moe.balance import BalanceConfig
 from megagrin.moe.layer import MoELayer, RouterStats, TrainRouting
 from megagrin.moe.router import RouterConfig
-from megagrin.nn.attention import Attention, KVCache, attention_mask
+from megagrin.nn.attention import Attention, KVCache, SdpaCore, SequenceMask
 from megagrin.nn.mlp import SwiGLU
 from megagrin.nn.rope import rope_table
 
@@ -124,7 +125,7 @@ class Block(nn.Module):
         self,
         x_BSD: Tensor,
         rope: tuple[Tensor, Tensor],
-        mask: Tensor | None,
+        mask: Any,
         train: TrainRouting | None = None,
         cache: KVCache | None = None,
     ) -> tuple[Tensor, RouterStats | None]:
@@ -186,6 +187,7 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(Block(config, router, balance, layer) for layer in range(config.n_layers))
         self.final_norm = nn.LayerNorm(config.d_model, config.norm_eps)
         self.lm_head = LMHead(config.d_model, config.vocab_size, config.lm_head_bias)
+        self.attention_mask = SequenceMask(config.window, SdpaCore())
 
     def forward(
         self,
@@ -215,7 +217,7 @@ class Transformer(nn.Module):
         x_BSD = self.embed(tokens_BS)
         wide = torch.promote_types(x_BSD.dtype, torch.float32)
         rope = rope_table(positions_BS, self.config.head_dim, self.config.rope_theta, wide)
-        mask = attention_mask(seq, past + seq, self.config.window, documents_BS, tokens_BS.device)
+        mask = self.attention_mask(seq, past, documents_BS, tokens_BS.device)
         stats: list[RouterStats] = []
         for block in self.layers:
             x_BSD, layer_stats = block(x_BSD, rope, mask, train, cache)
