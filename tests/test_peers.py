@@ -68,8 +68,7 @@ def test_phimoe_trains_alike() -> None:
     config = transformers.PhimoeConfig(**to_hf_config(ours.config, router, bos_id=1, eos_id=2, dtype="float32"))
     theirs = transformers.PhimoeForCausalLM(config).eval()
     theirs.set_experts_implementation("eager")
-    missing = theirs.load_state_dict({name: view.clone() for name, view in hf_views(ours, "fused")}, strict=False)
-    assert not missing.missing_keys and not missing.unexpected_keys
+    theirs.load_state_dict({name: view.clone() for name, view in hf_views(ours, "fused")})
     tokens_BS = _tokens(ours.config.vocab_size, 40)
     loss, gradients = _our_step(ours, tokens_BS)
     logits_BSV = theirs(tokens_BS[:, :-1], use_cache=False).logits
@@ -87,7 +86,7 @@ def _megatron_model(patch: Callable[[Any, str, Any], None]) -> torch.nn.Module:
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    # Megatron-Core asks CUDA for the current device and keeps dropout's random state there; neither matters on a CPU without dropout.
+    # Megatron-Core asks CUDA for the current device and keeps dropout's random state there: neither matters here.
     patch(torch.cuda, "current_device", lambda: "cpu")
     patch(tensor_parallel.get_cuda_rng_tracker(), "fork", lambda *_: nullcontext())
     parallel_state.initialize_model_parallel(create_gloo_process_groups=False)
