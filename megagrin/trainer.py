@@ -110,6 +110,7 @@ class RunConfig:
                 f"train.global_batch_size: {train.global_batch_size} must be a multiple of "
                 f"data-parallel ranks × train.micro_batch_size ({dp} × {train.micro_batch_size})"
             )
+        broken += self._sequence_violations()
         if train.seq_len > self.model.max_positions:
             broken.append(f"train.seq_len: {train.seq_len} must not exceed model.max_positions ({self.model.max_positions})")
         if self.router.forced_balance and not train.allow_forced_balance:
@@ -119,6 +120,26 @@ class RunConfig:
             )
         if self.data.train is None:
             broken.append("data.train: the prefix of a token file (made by `megagrin data tokenize`) must be given")
+        return broken
+
+    def _sequence_violations(self) -> list[str]:
+        """Rules of the ranks that share a sequence, as `field: value and rule`."""
+        model, parallel = self.model, self.parallel
+        if parallel.cp <= 1 or parallel.tp < 1:
+            return []
+        broken = []
+        if self.train.seq_len % (2 * parallel.cp * parallel.tp):
+            broken.append(
+                f"train.seq_len: {self.train.seq_len} must be a multiple of 2 × parallel.cp × parallel.tp "
+                f"({2 * parallel.cp * parallel.tp}): each cp rank takes an early and a late chunk, and tp cuts what it takes"
+            )
+        if parallel.cp_method == "ulysses":
+            broken += [
+                f"parallel.cp_method: ulysses needs model.{name} ({heads}) to be a multiple of parallel.cp × parallel.tp "
+                f"({parallel.cp * parallel.tp}); all_gather does not"
+                for name, heads in (("n_heads", model.n_heads), ("n_kv_heads", model.n_kv_heads))
+                if heads % (parallel.cp * parallel.tp)
+            ]
         return broken
 
 

@@ -15,6 +15,7 @@ from megagrin.moe.balance import BalanceConfig, balance_loss, load_fraction
 from megagrin.moe.layer import TrainRouting
 from megagrin.moe.router import Draws, RouterConfig
 from megagrin.optim import OptimConfig, build_adamw, clip_gradients, gradient_norm
+from megagrin.parallel.context import slice_batch
 from megagrin.parallel.mesh import ParallelMesh
 from megagrin.parallel.plan import parallelize
 
@@ -91,6 +92,7 @@ class NativeEngine:
         """
         batches = [batch.to(self.device) for batch in micro_batches]
         routed, labelled = self._global_tokens(batches)
+        batches = [slice_batch(batch, self.mesh) for batch in batches]
         sums: list[Tensor] = []
         for index, batch in enumerate(batches):
             self._sync_gradients(index == len(batches) - 1)
@@ -118,7 +120,7 @@ class NativeEngine:
         Every rank must bring the same number of batches: sharded parameters are gathered by all ranks together.
         """
         total = torch.zeros(2, dtype=torch.float64, device=self.device)
-        for batch in (host.to(self.device) for host in batches):
+        for batch in (slice_batch(host.to(self.device), self.mesh) for host in batches):
             output = self._forward(batch, None)
             assert output.loss_sum is not None
             total += torch.stack([output.loss_sum.double(), (batch.labels_BS != IGNORED_LABEL).sum().double()])

@@ -52,3 +52,25 @@ def all_to_all_rows(x_RD: Tensor, receive: list[int], send: list[int], group: di
     The gradient travels the same way back. Row order: by source rank, then as sent.
     """
     return _AllToAllRows.apply(x_RD, receive, send, group)
+
+
+class _GatherStacked(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        ranks = dist.get_world_size(group)
+        joined = x.new_empty(ranks * x.shape[0], *x.shape[1:])
+        dist.all_gather_into_tensor(joined, x.contiguous(), group=group)
+        return joined.unflatten(0, (ranks, x.shape[0]))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        summed = grad.new_empty(grad.shape[1:])
+        dist.reduce_scatter_tensor(summed, grad.flatten(0, 1).contiguous(), group=ctx.group)
+        return summed, None
+
+
+def gather_stacked(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Every rank's x, equal in shape, stacked by rank: (ranks, …). Backward sums each rank's gradients and hands them back."""
+    return _GatherStacked.apply(x, group)

@@ -6,7 +6,9 @@ inside a node. Each view is a mesh of its own, because FSDP2 wants the axis it s
 cut along in one mesh.
 """
 
+import math
 from dataclasses import dataclass, fields
+from typing import Literal
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -24,6 +26,8 @@ class ParallelConfig:
         etp: ranks that share each expert's matrices (expert tensor parallel).
         dp_replicate: copies of the sharded model, usually the number of nodes: parameters are gathered inside a copy only
             (hybrid sharding); 1 shards over all data-parallel ranks.
+        cp_method: how attention reaches over the cp ranks: all_gather brings all keys and values to each of them; ulysses swaps
+            sequence for heads, of which each then holds 1/cp (docs/parallelism.md compares their costs).
     """
 
     tp: int = 1
@@ -32,6 +36,7 @@ class ParallelConfig:
     ep: int = 1
     etp: int = 1
     dp_replicate: int = 1
+    cp_method: Literal["all_gather", "ulysses"] = "all_gather"
 
     def data_parallel_size(self, world_size: int) -> int:
         """Ranks that see different sequences; 0 where the degrees do not fit the number of ranks."""
@@ -47,17 +52,15 @@ class ParallelConfig:
 
     def violations(self, world_size: int, n_experts: int) -> list[str]:
         """Every broken rule about ranks and experts, as `field: value and rule`."""
-        small = [
-            f"parallel.{f.name}: {getattr(self, f.name)} must be at least 1" for f in fields(self) if getattr(self, f.name) < 1
-        ]
+        degrees = {field.name: getattr(self, field.name) for field in fields(self) if field.type is int}
+        small = [f"parallel.{name}: {degree} must be at least 1" for name, degree in degrees.items() if degree < 1]
         if small:
             return small
         broken = []
         for names in (("pp", "cp", "tp"), ("pp", "ep", "etp")):
-            degrees = [getattr(self, name) for name in names]
-            product = degrees[0] * degrees[1] * degrees[2]
+            product = math.prod(degrees[name] for name in names)
             if world_size % product:
-                label = " × ".join(f"parallel.{name}" for name, degree in zip(names, degrees, strict=True) if degree > 1)
+                label = " × ".join(f"parallel.{name}" for name in names if degrees[name] > 1)
                 broken.append(f"{label}: {product} must divide the number of ranks ({world_size})")
         if n_experts == 0:
             broken += [
@@ -86,12 +89,14 @@ class ParallelMesh:
         batch: (pp, dp, cp, tp): which sequences, and which part of a sequence, a rank sees.
         expert: (pp, dp_replicate, fsdp, ep, etp): where expert parameters live; fsdp are ranks that hold the same experts.
         stage: (pp, tokens): the ranks of a pipeline stage, each with tokens of its own (tp ranks by sequence parallelism).
+        config: what they were built from.
     """
 
     dense: DeviceMesh
     batch: DeviceMesh
     expert: DeviceMesh
     stage: DeviceMesh
+    config: ParallelConfig
 
     @property
     def dp_rank(self) -> int:
@@ -136,4 +141,5 @@ def build_mesh(config: ParallelConfig, device_type: str) -> ParallelMesh:
         batch=view(pp=config.pp, dp=dp, cp=config.cp, tp=config.tp),
         expert=view(pp=config.pp, dp_replicate=copies, fsdp=edp // copies, ep=config.ep, etp=config.etp),
         stage=view(pp=config.pp, tokens=world // config.pp),
+        config=config,
     )

@@ -3,6 +3,7 @@
 import torch
 
 from megagrin.models.transformer import Transformer
+from megagrin.parallel.context import shard_context
 from megagrin.parallel.data import shard_data_parallel
 from megagrin.parallel.expert import shard_experts
 from megagrin.parallel.mesh import ParallelMesh
@@ -19,4 +20,6 @@ def parallelize(model: Transformer, mesh: ParallelMesh, compute_dtype: torch.dty
     """
     if mesh.size("ep") > 1:
         shard_experts(model, mesh)
+    if mesh.size("cp") > 1:
+        shard_context(model, mesh, mesh.config.cp_method)
     shard_data_parallel(model, mesh, compute_dtype, reshard)
