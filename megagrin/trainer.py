@@ -100,7 +100,7 @@ class RunConfig:
         """Every broken rule of every section, and of sections together, for a number of ranks."""
         broken = [*self.train.violations(), *self.model.violations(), *self.router.violations(), *self.balance.violations()]
         broken += [*self.optim.violations(), *self.checkpoint.violations(), *self.metrics.violations()]
-        broken += [*self.data.violations(), *self.runtime.violations()]
+        broken += [*self.data.violations(), *self.runtime.violations(), *self.engine.violations()]
         broken += self.parallel.violations(world_size, self.model.n_experts)
         train = self.train
         dp = self.parallel.data_parallel_size(world_size)
@@ -186,7 +186,15 @@ class Trainer:
                 **common,
             )
         self.engine = NativeEngine(
-            run.model, run.router, run.balance, run.optim, run.engine, self.mesh, runtime.device, run.train.seed
+            run.model,
+            run.router,
+            run.balance,
+            run.optim,
+            run.engine,
+            self.mesh,
+            runtime.device,
+            run.train.seed,
+            run.train.micro_batch_size * run.train.seq_len,
         )
 
     def resume(self) -> int:

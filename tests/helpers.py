@@ -22,6 +22,8 @@ def _worker(rank: int, tasks: Any, results: Any, path: list[str]) -> None:
 
     import torch
     import torch.distributed as dist
+    from torch.distributed.tensor._redistribute import _gen_transform_infos, clear_redistribute_planner_cache
+    from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
     torch.set_num_threads(1)
     while True:
@@ -35,6 +37,10 @@ def _worker(rank: int, tasks: Any, results: Any, path: list[str]) -> None:
                 dist.barrier()
             finally:
                 dist.destroy_process_group()
+                # DTensor takes an equal mesh of the next group for this one, whose groups are gone, and remembers what it did.
+                _clear_sharding_prop_cache()
+                _gen_transform_infos.cache_clear()
+                clear_redistribute_planner_cache()
             results.put((rank, True, value))
         except BaseException:
             results.put((rank, False, traceback.format_exc()))

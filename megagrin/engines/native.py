@@ -6,7 +6,6 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
 
 from megagrin.data.loader import IGNORED_LABEL, Batch
 from megagrin.models.init import init_parameters
@@ -14,10 +13,13 @@ from megagrin.models.transformer import LayerStats, ModelConfig, Output, Transfo
 from megagrin.moe.balance import BalanceConfig, balance_loss, load_fraction
 from megagrin.moe.layer import TrainRouting
 from megagrin.moe.router import Draws, RouterConfig
+from megagrin.nn.attention import AttentionBackend, attention_layers, use_backend
 from megagrin.optim import OptimConfig, build_adamw, clip_gradients, gradient_norm
 from megagrin.parallel.context import slice_batch
+from megagrin.parallel.data import prepare_backward
 from megagrin.parallel.mesh import ParallelMesh
 from megagrin.parallel.plan import parallelize
+from megagrin.parallel.recompute import Recompute, RecomputeMode, RecomputePart
 
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 
@@ -28,11 +30,36 @@ class EngineConfig:
 
     Attributes:
         dtype: dtype of matrix products. bf16 keeps fp32 master weights and reduces gradients in fp32; fp64 is for tests.
-        reshard_after_forward: free gathered parameters between forward and backward (less memory, one more all-gather).
+        zero: what the data-parallel ranks share besides the optimizer state. 1: nothing, gradients are summed up whole on each
+            rank and reduced once a step; 2: gradients, reduced after each micro-batch and summed up in shards; 3: parameters,
+            too, freed after each use and gathered again (see `megagrin.parallel.data.prepare_backward`).
+        recompute: activations that backward computes again: none; full: all but the blocks' inputs; selective: those of
+            recompute_parts; budget: those of as few blocks as recompute_budget_gib asks for, by their shapes.
+        recompute_parts: for selective, any of attention_core, expert_mlp, norms, router.
+        recompute_budget_gib: for budget, GiB that the blocks of a rank may keep for backward.
+        compile: torch.compile attention, norms, dense MLP and router.
+        attention: kernel of attention. sdpa: torch's fused attention; flex: flex_attention, which skips what window and documents
+            hide, on CUDA only; auto: flex on CUDA, else sdpa.
     """
 
     dtype: Literal["bf16", "fp32", "fp64"] = "bf16"
-    reshard_after_forward: bool = True
+    zero: Literal[1, 2, 3] = 3
+    recompute: RecomputeMode = "none"
+    recompute_parts: tuple[RecomputePart, ...] = ("attention_core", "expert_mlp", "norms")
+    recompute_budget_gib: float = 0.0
+    compile: bool = False
+    attention: AttentionBackend = "auto"
+
+    def violations(self) -> list[str]:
+        """Every broken rule of this section, as `field: value and rule`."""
+        broken = []
+        if self.recompute == "budget" and self.recompute_budget_gib <= 0:
+            broken.append(
+                f"engine.recompute_budget_gib: {self.recompute_budget_gib} must be positive with engine.recompute=budget"
+            )
+        if self.recompute == "selective" and not self.recompute_parts:
+            broken.append("engine.recompute_parts: none given, but engine.recompute=selective; take engine.recompute=none")
+        return broken
 
 
 @dataclass(frozen=True)
@@ -67,13 +94,24 @@ class NativeEngine:
         mesh: ParallelMesh,
         device: torch.device,
         seed: int,
+        micro_batch_tokens: int = 0,
     ) -> None:
-        self.mesh, self.device, self.seed, self.optim_config = mesh, device, seed, optim
+        """Build model and optimizer.
+
+        Args:
+            micro_batch_tokens: sequences of a micro-batch × their whole length, for engine.recompute=budget.
+
+        Raises:
+            ValueError: an attention kernel that the device has not, or a memory budget that cannot be kept.
+        """
+        self.mesh, self.device, self.seed, self.optim_config, self.config = mesh, device, seed, optim, config
         self.balance = balance
         compute_dtype = _DTYPES[config.dtype]
         with torch.device("meta"):
             self.model = Transformer(model, router, balance).to(torch.promote_types(compute_dtype, torch.float32))
-        parallelize(self.model, mesh, compute_dtype, config.reshard_after_forward)
+        use_backend(attention_layers(self.model), self.model.attention_mask, config.attention, device)
+        recompute = self._recompute(micro_batch_tokens, compute_dtype)
+        parallelize(self.model, mesh, compute_dtype, config.zero == 3, recompute, config.compile)
         self.model.to_empty(device=device)
         init_parameters(self.model, model, seed)
         self.parameters = list(self.model.parameters())
@@ -95,7 +133,7 @@ class NativeEngine:
         batches = [slice_batch(batch, self.mesh) for batch in batches]
         sums: list[Tensor] = []
         for index, batch in enumerate(batches):
-            self._sync_gradients(index == len(batches) - 1)
+            prepare_backward(self.model, self.config.zero, index == len(batches) - 1)
             draws = Draws(self.seed, step, batch.token_index_BS.flatten())
             train = TrainRouting(draws, routed, self.previous_f_LE, self.mesh.group("tokens"))
             output = self._forward(batch, train)
@@ -138,11 +176,16 @@ class NativeEngine:
         dist.all_reduce(both, group=self.mesh.group("dp"))
         return tuple(both.tolist())
 
-    def _sync_gradients(self, last: bool) -> None:
-        """Reduce gradients over ranks in the last micro-batch only; before that they accumulate in fp32."""
-        if isinstance(self.model, FSDPModule):
-            self.model.set_requires_gradient_sync(last)
-            self.model.set_is_last_backward(last)
+    def _recompute(self, micro_batch_tokens: int, compute_dtype: torch.dtype) -> Recompute:
+        config, mesh = self.config, self.mesh
+        return Recompute(
+            config.recompute,
+            config.recompute_parts,
+            budget=config.recompute_budget_gib * 2**30,
+            tokens=micro_batch_tokens // (mesh.size("cp") * mesh.size("tp")),
+            micro_batches=mesh.size("pp"),
+            itemsize=compute_dtype.itemsize,
+        )
 
     def _result(self, sums: Tensor, routed: int, labelled: int, norm: Tensor) -> StepResult:
         dist.all_reduce(sums)

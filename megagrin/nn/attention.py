@@ -102,11 +102,16 @@ def _fused(function: Callable[..., Any], device: torch.device) -> Callable[..., 
     return _compiled(function) if device.type == "cuda" else function
 
 
-class FlexCore(nn.Module):
-    """torch's flex_attention: blocks of 128 × 128 that no query sees are never computed. On a CPU it has no backward pass."""
+class FlexCore(SdpaCore):
+    """torch's flex_attention where there is a mask: blocks of 128 × 128 that no query sees are never computed.
+
+    On a CPU it has no backward pass.
+    """
 
     def mask(self, reach: Reach) -> Any:
-        """A BlockMask."""
+        """A BlockMask; None where plain causal attention does."""
+        if reach.plain:
+            return None
         from torch.nn.attention.flex_attention import create_block_mask
 
         def seen(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
@@ -118,17 +123,12 @@ class FlexCore(nn.Module):
 
     def forward(self, q_BHSC: Tensor, k_BGPC: Tensor, v_BGPC: Tensor, mask: Any) -> Tensor:
         """See `AttentionCore`."""
+        if mask is None:
+            return super().forward(q_BHSC, k_BGPC, v_BGPC, None)
         from torch.nn.attention.flex_attention import flex_attention
 
         gqa = q_BHSC.shape[1] != k_BGPC.shape[1]
         return _fused(flex_attention, q_BHSC.device)(q_BHSC, k_BGPC, v_BGPC, block_mask=mask, enable_gqa=gqa)
-
-
-def attention_core(backend: AttentionBackend, device: torch.device) -> SdpaCore | FlexCore:
-    """The core of a backend; `auto` takes flex on CUDA, where a dense mask keeps SDPA from its fast kernels."""
-    if backend == "auto":
-        backend = "flex" if device.type == "cuda" else "sdpa"
-    return FlexCore() if backend == "flex" else SdpaCore()
 
 
 class SequenceMask:
@@ -202,3 +202,17 @@ class Attention(nn.Module):
 def attention_layers(model: nn.Module) -> list[Attention]:
     """The model's attention modules in order."""
     return [module for module in model.modules() if isinstance(module, Attention)]
+
+
+def use_backend(layers: list[Attention], mask: SequenceMask, backend: AttentionBackend, device: torch.device) -> None:
+    """Let a model's attention modules attend by a kernel; `auto` takes flex on CUDA: dense masks keep SDPA from flash.
+
+    Raises:
+        ValueError: flex without CUDA, where it has no backward pass.
+    """
+    if backend == "flex" and device.type != "cuda":
+        raise ValueError(f"engine.attention: flex needs a CUDA device, this is {device.type}; take sdpa or auto")
+    core = FlexCore if backend == "flex" or (backend == "auto" and device.type == "cuda") else SdpaCore
+    for attention in layers:
+        attention.core = core()
+    mask.core = core()

@@ -45,7 +45,7 @@ def shard_data_parallel(model: nn.Module, mesh: ParallelMesh, compute_dtype: tor
         model: on the meta device, after every other dimension.
         mesh: where to shard.
         compute_dtype: bf16 keeps fp32 master weights, computes in bf16 and reduces gradients in fp32; fp32 and fp64 just are.
-        reshard: free gathered parameters after forward and gather again in backward (ZeRO-3); otherwise keep them (ZeRO-2).
+        reshard: free gathered parameters after forward and gather again in backward (ZeRO-3); otherwise keep them.
     """
     wide = MixedPrecisionPolicy(cast_forward_inputs=False)
     mixed = wide
@@ -89,3 +89,25 @@ def shard_data_parallel(model: nn.Module, mesh: ParallelMesh, compute_dtype: tor
             module.set_gradient_divide_factor(1.0)
             # gloo has no pre-multiplied sum; a plain sum is what is wanted on NCCL, too.
             module.set_force_sum_reduction_for_comms(True)
+
+
+def prepare_backward(model: nn.Module, zero: int, last: bool) -> None:
+    """What FSDP2 does in the next backward pass of a step of several micro-batches.
+
+    Args:
+        model: sharded by `shard_data_parallel`.
+        zero: 1 adds up whole gradients on each rank, in the reduction's dtype, and reduces their sum once, in the last backward
+            pass; 2 and 3 reduce after each micro-batch and add up shards, so that no rank ever holds all gradients (under hybrid
+            sharding inside a copy of the model; copies are summed in the last pass). 1 and 2 keep gathered parameters from
+            micro-batch to micro-batch, 3 frees them after each use.
+        last: it is the step's last micro-batch.
+    """
+    if not isinstance(model, FSDPModule):
+        return
+    if zero == 1:
+        model.set_requires_gradient_sync(last)
+    else:
+        model.set_requires_all_reduce(last)
+    if zero < 3:
+        model.set_reshard_after_backward(last)
+    model.set_is_last_backward(last)

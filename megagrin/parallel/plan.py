@@ -3,13 +3,22 @@
 import torch
 
 from megagrin.models.transformer import Transformer
+from megagrin.parallel.compile import compile_dense
 from megagrin.parallel.context import shard_context
 from megagrin.parallel.data import shard_data_parallel
 from megagrin.parallel.expert import shard_experts
 from megagrin.parallel.mesh import ParallelMesh
+from megagrin.parallel.recompute import Recompute, apply_recompute
 
 
-def parallelize(model: Transformer, mesh: ParallelMesh, compute_dtype: torch.dtype, reshard: bool) -> None:
+def parallelize(
+    model: Transformer,
+    mesh: ParallelMesh,
+    compute_dtype: torch.dtype,
+    reshard: bool,
+    recompute: Recompute,
+    compiled: bool,
+) -> None:
     """Apply every parallel dimension in place.
 
     Args:
@@ -17,9 +26,14 @@ def parallelize(model: Transformer, mesh: ParallelMesh, compute_dtype: torch.dty
         mesh: the job's meshes.
         compute_dtype: dtype of matrix products.
         reshard: see `shard_data_parallel`.
+        recompute: see `apply_recompute`.
+        compiled: see `compile_dense`.
     """
     if mesh.size("ep") > 1:
         shard_experts(model, mesh)
     if mesh.size("cp") > 1:
         shard_context(model, mesh, mesh.config.cp_method)
+    if compiled:
+        compile_dense(model)
+    apply_recompute(model, recompute)
     shard_data_parallel(model, mesh, compute_dtype, reshard)

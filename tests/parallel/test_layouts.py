@@ -50,7 +50,7 @@ def test_other_routers_and_k(gloo: GlooPool, kind: str, top_k: int) -> None:
 
 def test_dense_model_and_kept_parameters(gloo: GlooPool) -> None:
     """The dense twin, with gathered parameters kept between forward and backward."""
-    run = Run(model=replace(MODEL, n_experts=0, top_k=1), engine={"reshard_after_forward": False})
+    run = Run(model=replace(MODEL, n_experts=0, top_k=1), engine={"zero": 2})
     assert_same_run(gloo, 4, run)
 
 
