@@ -37,7 +37,7 @@ class EngineConfig:
             recompute_parts; budget: those of as few blocks as recompute_budget_gib asks for, by their shapes.
         recompute_parts: for selective, any of attention_core, expert_mlp, norms, router.
         recompute_budget_gib: for budget, GiB that the blocks of a rank may keep for backward.
-        compile: torch.compile attention, norms, dense MLP and router.
+        compile: torch.compile attention, norms and dense MLPs; the first steps then take longer.
         attention: kernel of attention. sdpa: torch's fused attention; flex: flex_attention, which skips what window and documents
             hide, on CUDA only; auto: flex on CUDA, else sdpa.
     """

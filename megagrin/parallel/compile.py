@@ -1,17 +1,17 @@
-"""torch.compile on the parts whose shapes do not depend on the routing: attention, norms, dense MLP, router.
+"""torch.compile on the dense parts of a model: attention, norms, dense MLP.
 
-Experts and token exchange stay as they are: their work is in kernels of its own, and their sizes are data.
+Experts and token exchange stay as they are: their work is in kernels of their own, and their sizes are data. So does the router:
+a draw is a function of the bits of a softmax, which a compiler may change, and what is left of it is one product.
 """
 
 import torch
 from torch import nn
 
 from megagrin.models.transformer import Transformer
-from megagrin.moe.router import Router
 from megagrin.nn.attention import Attention
 from megagrin.nn.mlp import SwiGLU
 
-_DENSE = (Attention, nn.LayerNorm, SwiGLU, Router)
+_DENSE = (Attention, nn.LayerNorm, SwiGLU)
 
 
 def compile_dense(model: Transformer) -> None:
