@@ -185,6 +185,8 @@ class NativeEngine:
             tokens=micro_batch_tokens // (mesh.size("cp") * mesh.size("tp")),
             micro_batches=mesh.size("pp"),
             itemsize=compute_dtype.itemsize,
+            tp=mesh.size("tp"),
+            etp=mesh.size("etp"),
         )
 
     def _result(self, sums: Tensor, routed: int, labelled: int, norm: Tensor) -> StepResult:

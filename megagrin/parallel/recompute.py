@@ -36,6 +36,8 @@ class Recompute:
         tokens: for budget, tokens of a micro-batch on this rank between the blocks.
         micro_batches: for budget, how many are between their forward and their backward pass at a time.
         itemsize: for budget, bytes of a number of the compute dtype.
+        tp: for budget, ranks that gather each other's tokens for attention and dense MLP.
+        etp: for budget, ranks that gather each other's rows for the experts.
     """
 
     mode: RecomputeMode = "none"
@@ -44,6 +46,8 @@ class Recompute:
     tokens: int = 0
     micro_batches: int = 1
     itemsize: int = 2
+    tp: int = 1
+    etp: int = 1
 
 
 def checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -115,26 +119,27 @@ class _ForgetNorms:
             self._outputs.clear()
 
 
-def block_bytes(model: ModelConfig, tokens: int, itemsize: int) -> int:
+def block_bytes(model: ModelConfig, tokens: int, itemsize: int, tp: int = 1, etp: int = 1) -> int:
     """Bytes that a block keeps for backward, counted from the shapes; experts are taken to be balanced over the ranks.
 
     Args:
         model: the model's shape.
-        tokens: of a micro-batch on this rank.
+        tokens: of a micro-batch on this rank between the blocks.
         itemsize: bytes of a number of the compute dtype.
+        tp, etp: what tokens, or rows of experts, are multiplied by where matrices are cut; the cut divides widths alike.
     """
     wide = max(4, itemsize)
     query, key_value = model.n_heads * model.head_dim, 2 * model.n_kv_heads * model.head_dim
     # Inputs and statistics of both norms and what the first one gives; query, key, value, log-sum-exp, the heads' output in
     # the kernel's order and in the projection's.
-    per_token = itemsize * (3 * model.d_model + 3 * query + key_value) + wide * (4 + model.n_heads)
+    per_token = itemsize * ((2 + tp) * model.d_model + 3 * query + key_value) + wide * (4 + model.n_heads)
     if model.is_moe:
         # The router's input; its logits for two losses; each draw's softmax, mask and choice.
         per_token += wide * (model.d_model + 2 * model.n_experts + 1) + model.top_k * (model.n_experts * (wide + 1) + 8)
         # Each row, what it becomes before the activation, its two weights, and where it came from, twice.
-        per_token += model.top_k * (itemsize * (model.d_model + 2 * model.d_ff) + 2 * wide + 16)
+        per_token += model.top_k * (itemsize * (etp * model.d_model + 2 * model.d_ff) + 2 * wide + 16)
     else:
-        per_token += itemsize * (model.d_model + 4 * model.d_ff)
+        per_token += itemsize * (tp * model.d_model + 4 * model.d_ff)
     return tokens * per_token
 
 
@@ -190,7 +195,7 @@ def apply_recompute(model: Transformer, recompute: Recompute) -> None:
         return
     count = len(blocks) if recompute.mode == "full" else 0
     if recompute.mode == "budget":
-        kept = block_bytes(model.config, recompute.tokens, recompute.itemsize)
+        kept = block_bytes(model.config, recompute.tokens, recompute.itemsize, recompute.tp, recompute.etp)
         boundary = recompute.tokens * model.config.d_model * recompute.itemsize
         count = blocks_to_recompute(kept, boundary, len(blocks), recompute.micro_batches, recompute.budget)
     for block in blocks[:count]:
