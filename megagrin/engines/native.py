@@ -39,7 +39,7 @@ class EngineConfig:
         recompute_budget_gib: for budget, GiB that the blocks of a rank may keep for backward.
         compile: torch.compile attention, norms and dense MLPs; the first steps then take longer.
         attention: kernel of attention. sdpa: torch's fused attention; flex: flex_attention, which skips what window and documents
-            hide, on CUDA only; auto: flex on CUDA, else sdpa.
+            hide, on CUDA only; auto: flex for bf16 on CUDA, else sdpa.
     """
 
     dtype: Literal["bf16", "fp32", "fp64"] = "bf16"
@@ -109,7 +109,7 @@ class NativeEngine:
         compute_dtype = _DTYPES[config.dtype]
         with torch.device("meta"):
             self.model = Transformer(model, router, balance).to(torch.promote_types(compute_dtype, torch.float32))
-        use_backend(attention_layers(self.model), self.model.attention_mask, config.attention, device)
+        use_backend(attention_layers(self.model), self.model.attention_mask, config.attention, device, compute_dtype)
         recompute = self._recompute(micro_batch_tokens, compute_dtype)
         parallelize(self.model, mesh, compute_dtype, config.zero == 3, recompute, config.compile)
         self.model.to_empty(device=device)

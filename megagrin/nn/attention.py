@@ -204,15 +204,25 @@ def attention_layers(model: nn.Module) -> list[Attention]:
     return [module for module in model.modules() if isinstance(module, Attention)]
 
 
-def use_backend(layers: list[Attention], mask: SequenceMask, backend: AttentionBackend, device: torch.device) -> None:
-    """Let a model's attention modules attend by a kernel; `auto` takes flex on CUDA: dense masks keep SDPA from flash.
+def use_backend(
+    layers: list[Attention], mask: SequenceMask, backend: AttentionBackend, device: torch.device, dtype: torch.dtype
+) -> None:
+    """Let a model's attention modules attend by a kernel.
+
+    Args:
+        layers: the modules.
+        mask: of the model.
+        backend: `auto` takes flex where it is at home, bf16 on CUDA and heads of 16 at least: a dense mask keeps SDPA from flash.
+        device: of the tensors.
+        dtype: of the tensors.
 
     Raises:
         ValueError: flex without CUDA, where it has no backward pass.
     """
     if backend == "flex" and device.type != "cuda":
         raise ValueError(f"engine.attention: flex needs a CUDA device, this is {device.type}; take sdpa or auto")
-    core = FlexCore if backend == "flex" or (backend == "auto" and device.type == "cuda") else SdpaCore
+    at_home = device.type == "cuda" and dtype == torch.bfloat16 and all(layer.head_dim >= 16 for layer in layers)
+    core = FlexCore if backend == "flex" or (backend == "auto" and at_home) else SdpaCore
     for attention in layers:
         attention.core = core()
     mask.core = core()

@@ -11,7 +11,7 @@ from helpers import GlooPool
 from parallel.common import MODEL, SEQ, STEPS, Run, assert_same_run, reference, run_steps
 from torch import Tensor
 
-from megagrin.nn.attention import FlexCore, SdpaCore, SequenceMask, sequence_reach
+from megagrin.nn.attention import Attention, FlexCore, SdpaCore, SequenceMask, sequence_reach, use_backend
 from megagrin.parallel.context import by_rank, in_sequence_order, slice_sequence
 from megagrin.parallel.mesh import ParallelConfig
 from megagrin.trainer import RunConfig, TrainConfig
@@ -99,6 +99,25 @@ def test_flex_attention_on_a_gpu(packed: bool) -> None:
         results.append((out, *torch.autograd.grad(out.square().sum(), inputs)))
     for got, expected in zip(*results, strict=True):
         torch.testing.assert_close(got, expected, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "head_dim", "core"),
+    [
+        ("cpu", torch.bfloat16, 16, SdpaCore),
+        ("cuda", torch.bfloat16, 16, FlexCore),
+        ("cuda", torch.float32, 16, SdpaCore),
+        ("cuda", torch.bfloat16, 8, SdpaCore),
+    ],
+)
+def test_auto_takes_flex_where_it_is_at_home(device: str, dtype: torch.dtype, head_dim: int, core: type) -> None:
+    """Every layer and the mask get the same kind; asking for flex on a CPU is refused by name."""
+    layers = [Attention(16, 2, 1, head_dim, True, layer) for layer in range(2)]
+    mask = SequenceMask(8, SdpaCore())
+    use_backend(layers, mask, "auto", torch.device(device), dtype)
+    assert {type(layer.core) for layer in layers} | {type(mask.core)} == {core}
+    with pytest.raises(ValueError, match=r"engine\.attention: flex needs a CUDA device, this is cpu"):
+        use_backend(layers, mask, "flex", torch.device("cpu"), dtype)
 
 
 def refuse_cache() -> str:
