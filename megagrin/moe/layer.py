@@ -89,7 +89,7 @@ class MoELayer(torch.nn.Module):
         sent = self.token_dispatch.dispatch(x_TD, routing)
         y_RD = self.experts(sent.x_RD, sent.weight_R.to(z_TE.dtype), sent.counts_L, sent.backward_weight_R)
         y_TD = self.token_dispatch.combine(y_RD, sent)
-        prob_sum_E, z_sum = torch.softmax(z_TE, dim=-1).sum(0), z_term(z_TE)
+        prob_sum_E, z_sum = routing.sums or (torch.softmax(z_TE, dim=-1).sum(0), z_term(z_TE))
         if train is not None:
             y_TD = attach(y_TD, prob_sum_E, z_sum, self._load(sent.counts_E, train, z_TE.dtype), self.balance, train.tokens)
         return y_TD.view_as(x_BSD), RouterStats(sent.counts_E, prob_sum_E.detach(), z_sum.detach())

@@ -10,7 +10,8 @@ so the forward value carries ω = max(δ, (1+2B)/3) ∈ {1, 1/3} and the gradien
 draws k times without replacement: the drawn logit becomes −∞ and mask and softmax are formed anew over what remains.
 
 Every draw is a function of (seed, step, layer, token), see megagrin/rng.py. Sampling inverts the cumulative sum in 30-bit fixed
-point: integer addition is associative, so the choice does not depend on the order in which a device sums.
+point: integer addition is associative, so the choice does not depend on the order in which a device sums. What it inverts is a
+softmax that has the same bits on every device, see megagrin/kernels/sparsemixer.py, where the fused form of all this stands, too.
 
 Shape suffixes: T tokens, E experts, K experts per token, D model width.
 """
@@ -24,6 +25,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megagrin import rng
+from megagrin.kernels.backend import use_triton
+from megagrin.kernels.sparsemixer import reproducible_softmax
+from megagrin.kernels.sparsemixer import sparsemixer as fused_sparsemixer
 
 _FIXED_POINT = 1 << 30
 
@@ -84,11 +88,13 @@ class Routing:
         expert_TK: int64.
         weight_TK: fp32 (fp64 for fp64 logits), the weight in the forward pass; carries the router's gradient.
         backward_weight_TK: detached, weighs the gradient that reaches the expert; None where it equals weight_TK.
+        sums: Σ_t softmax(z_t) and Σ_t logsumexp(z_t)² with their graph, where the fused router made them along the way.
     """
 
     expert_TK: Tensor
     weight_TK: Tensor
     backward_weight_TK: Tensor | None
+    sums: tuple[Tensor, Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -127,7 +133,7 @@ def sample(p_TE: Tensor, word_T: Tensor) -> Tensor:
     """Draw one expert per token by inverting the cumulative distribution.
 
     Args:
-        p_TE: probabilities; those below 2^-31 are never drawn.
+        p_TE: probabilities; those below 2^-31 are never drawn. The draw is a function of their bits.
         word_T: int64 random words, [0, 2^32).
 
     Returns:
@@ -152,6 +158,13 @@ class _HeunWeight(torch.autograd.Function):
         return grad_T * ctx.c, None, None
 
 
+def _draw(masked_TE: Tensor, word_T: Tensor) -> Tensor:
+    """Sample from the softmax as every device computes it. The weights' own softmax may differ from it in the last bits, which is
+    no bias that matters: fixed point rounds as much away."""
+    gap_TE = masked_TE - masked_TE.amax(dim=-1, keepdim=True)
+    return sample(reproducible_softmax(gap_TE.float()), word_T)
+
+
 def _remove_drawn(z_TE: Tensor, drawn_TE: Tensor) -> Tensor:
     return z_TE.masked_fill(drawn_TE, -torch.inf)
 
@@ -174,9 +187,10 @@ def sparsemixer(z_TE: Tensor, top_k: int, config: RouterConfig, words_TW: Tensor
             remaining_TE = _remove_drawn(z_TE, drawn_TE)
             # `| drawn`: −∞ against −∞ compares false, and a drawn expert must stay out.
             removed_TE = dropped(remaining_TE, config.mask_eps) | drawn_TE
-        p_TE = torch.softmax((z_TE / estimator.temperature).masked_fill(removed_TE, -torch.inf), dim=-1)
+        masked_TE = (z_TE / estimator.temperature).masked_fill(removed_TE, -torch.inf)
+        p_TE = torch.softmax(masked_TE, dim=-1)
         best_T = remaining_TE.argmax(dim=-1)
-        expert_T = best_T if words_TW is None else sample(p_TE.detach(), words_TW[:, 2 * round_])
+        expert_T = best_T if words_TW is None else _draw(masked_TE.detach(), words_TW[:, 2 * round_])
         p_T = p_TE.gather(1, expert_T.unsqueeze(1)).squeeze(1)
         if words_TW is not None:
             b_T = words_TW[:, 2 * round_ + 1] < int(estimator.bernoulli * 2**32)
@@ -235,10 +249,31 @@ class Router(torch.nn.Module):
             return z_TE, round_robin(z_TE, self.top_k)
         if self.config.kind == "gshard":
             return z_TE, gshard(z_TE, self.top_k)
+        if use_triton(z_TE):
+            return z_TE, self._fused(z_TE, draws)
         words_TW = None
         if draws is not None:
             words_TW = rng.routing_words(draws.seed, draws.step, self.layer, draws.token_T, (self.top_k + 1) // 2)
         return z_TE, sparsemixer(z_TE, self.top_k, self.config, words_TW)
+
+    def _fused(self, z_TE: Tensor, draws: Draws | None) -> Routing:
+        config, estimator = self.config, _ESTIMATORS[self.config.kind]
+        routed = fused_sparsemixer(
+            z_TE,
+            None if draws is None else draws.token_T,
+            top_k=self.top_k,
+            seed=0 if draws is None else draws.seed,
+            step=0 if draws is None else draws.step,
+            layer=self.layer,
+            mask_rule=config.mask_rule,
+            mask_eps=config.mask_eps,
+            temperature=estimator.temperature,
+            bernoulli=estimator.bernoulli,
+            gradient=estimator.gradient,
+        )
+        paper = draws is not None and config.expert_gradient == "paper"
+        backward_TK = routed.backward_weight_TK if paper else None
+        return Routing(routed.expert_TK, routed.weight_TK, backward_TK, (routed.prob_sum_E, routed.z_sum))
 
     def _jitter(self, d_model: int, draws: Draws) -> Tensor:
         words_TD = rng.routing_words(draws.seed, draws.step, self.layer, draws.token_T, (d_model + 3) // 4)
