@@ -21,8 +21,9 @@ from torch.utils.data import DataLoader
 from megagrin.data.packing import PackedDataset, Sample
 from megagrin.data_prep.indexed import IndexedDataset
 from megagrin.data_prep.verify import check_tokenizer
+from megagrin.kernels.cross_entropy import IGNORE
 
-IGNORED_LABEL = -100
+IGNORED_LABEL = IGNORE
 # Longest wait for one step's batches: storage that answers slower than this is taken for dead.
 _TIMEOUT_SECONDS = 600.0
 
