@@ -99,9 +99,7 @@ def main() -> None:
     ratios = [ours / plain for ours, plain in zip(warm["engine"], warm["plain"], strict=True)]
     quartiles = statistics.quantiles(ratios, n=4)
     difference = abs(losses["engine"] / losses["plain"] - 1)
-    print(
-        f"shape      {options.sequences} x {options.sequence_length} tokens, {MODEL.parameter_counts()[0] / 1e6:.1f}M parameters, fp32"
-    )
+    print(f"shape      {options.sequences} x {options.sequence_length} tokens, fp32")
     print(f"step       engine {statistics.median(warm['engine']):.4f} s, plain {statistics.median(warm['plain']):.4f} s")
     print(f"ratio      {statistics.median(ratios):.3f} (quartiles {quartiles[0]:.3f} to {quartiles[2]:.3f}, {len(ratios)} pairs)")
     print(f"last loss  differs by {difference:.1e} relative")
