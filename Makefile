@@ -27,7 +27,8 @@ control: setup  ## the quickstart's training on shuffled labels: the loss must n
 	@launch/quickstart.sh --shuffle-labels
 
 test: setup  ## the fast suite, under 10 minutes on 2 cores
-	@$(BIN)/python -m pytest -m 'not slow and not gpu'
+	@$(BIN)/python -m pytest -m 'not slow and not gpu' --ignore=tests/kernels_interpret
+	@TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels_interpret
 
 test-slow: setup  ## the long suites
 	@$(BIN)/python -m pytest -m 'slow and not gpu' --timeout 900

@@ -1,7 +1,7 @@
 """Ragged per-expert matrix products: the rows of x are sorted by expert, each block of rows meets its own matrix.
 
 Three products make a layer: forward and dgrad group the rows (M-grouped), wgrad groups the contraction (K-grouped). This file
-holds the PyTorch reference, which is the CPU path; a Triton implementation takes the same three signatures.
+holds the PyTorch reference, which is the CPU path, and the ops; grouped_gemm_triton.py holds the kernels.
 
 Empty experts are normal: they produce no rows and a zero weight gradient.
 
@@ -12,10 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from megagrin.kernels.backend import tma_rows, use_triton
 
 
-def _check(x_RK: Tensor, w_ENK: Tensor, counts_E: Tensor) -> None:
+def check_grouped(x_RK: Tensor, w_ENK: Tensor, counts_E: Tensor, wide_weights: bool = False) -> None:
+    """Raise ValueError unless rows, weights and counts fit each other. wide_weights: float32 weights may meet narrower rows."""
     if x_RK.dim() != 2 or w_ENK.dim() != 3 or x_RK.shape[1] != w_ENK.shape[2]:
         raise ValueError(
             f"grouped_gemm: x {tuple(x_RK.shape)} and w {tuple(w_ENK.shape)} must be (R, K) and (E, N, K) with one K"
@@ -24,7 +26,10 @@ def _check(x_RK: Tensor, w_ENK: Tensor, counts_E: Tensor) -> None:
         raise ValueError(
             f"grouped_gemm: counts {tuple(counts_E.shape)} {counts_E.dtype} must be int64 of shape ({w_ENK.shape[0]},)"
         )
-    if x_RK.dtype != w_ENK.dtype or x_RK.device != w_ENK.device:
+    if counts_E.device != x_RK.device:
+        raise ValueError(f"grouped_gemm: counts are on {counts_E.device}, x on {x_RK.device}; they must agree")
+    fits = x_RK.dtype == w_ENK.dtype or (wide_weights and w_ENK.dtype == torch.float32 and x_RK.dtype.itemsize == 2)
+    if not fits or x_RK.device != w_ENK.device:
         raise ValueError(
             f"grouped_gemm: x is {x_RK.dtype} on {x_RK.device}, w is {w_ENK.dtype} on {w_ENK.device}; they must agree"
         )
@@ -43,9 +48,9 @@ def _blocks(counts_E: Tensor, rows: int) -> list[tuple[int, int, int]]:
 
 
 def _use_grouped_mm(x: Tensor) -> bool:
-    # CUDA without a Triton kernel: torch's grouped kernel takes bf16 and keeps the offsets on the device.
+    # CUDA without Triton: torch's grouped kernel takes bf16 and keeps the offsets on the device.
     # On CPU the loop wins: benchmarks/results has the measured ratio.
-    return x.is_cuda and x.dtype == torch.bfloat16
+    return x.is_cuda and x.dtype == torch.bfloat16 and x.numel() > 0
 
 
 # oneDNN builds a primitive for every new shape, and rows per expert are new in every step: on one thread with avx512_bf16,
@@ -64,20 +69,6 @@ def _offsets(counts_E: Tensor) -> Tensor:
     return counts_E.cumsum(0).to(torch.int32)
 
 
-def m_grouped(x_RK: Tensor, w_ENK: Tensor, counts_E: Tensor) -> Tensor:
-    """y[r] = w[e(r)] · x[r]: (R, K) × (E, N, K) -> (R, N). The forward product; not differentiable."""
-    if _use_grouped_mm(x_RK):
-        return torch._grouped_mm(x_RK, w_ENK.transpose(-2, -1), offs=_offsets(counts_E))
-    return _loop(x_RK, w_ENK.transpose(1, 2), counts_E)
-
-
-def m_grouped_dgrad(dy_RN: Tensor, w_ENK: Tensor, counts_E: Tensor) -> Tensor:
-    """dx[r] = w[e(r)]ᵀ · dy[r]: (R, N) × (E, N, K) -> (R, K). Not differentiable."""
-    if _use_grouped_mm(dy_RN):
-        return torch._grouped_mm(dy_RN, w_ENK, offs=_offsets(counts_E))
-    return _loop(dy_RN, w_ENK, counts_E)
-
-
 def _loop(x_RK: Tensor, w_EKN: Tensor, counts_E: Tensor) -> Tensor:
     rows = x_RK.shape[0]
     y_RN = x_RK.new_empty(rows, w_EKN.shape[2])
@@ -88,50 +79,150 @@ def _loop(x_RK: Tensor, w_EKN: Tensor, counts_E: Tensor) -> Tensor:
     return y_RN
 
 
-def k_grouped_wgrad(dy_RN: Tensor, x_RK: Tensor, counts_E: Tensor) -> Tensor:
-    """dw[e] = Σ_{r of e} dy[r] ⊗ x[r]: (R, N) × (R, K) -> (E, N, K); zero for an expert without rows. Not differentiable."""
-    if _use_grouped_mm(dy_RN):
-        return torch._grouped_mm(dy_RN.t(), x_RK, offs=_offsets(counts_E))
+def _wgrad_loop(dy_RN: Tensor, x_RK: Tensor, counts_E: Tensor, dw_ENK: Tensor) -> None:
     rows = dy_RN.shape[0]
-    dw_ENK = dy_RN.new_empty(counts_E.shape[0], dy_RN.shape[1], x_RK.shape[1])
     filled = set()
     for expert, start, end in _blocks(counts_E, rows):
         stop = _rounded_end(start, end, rows, dy_RN)
         dy_block = dy_RN[start:end] if stop == end else torch.nn.functional.pad(dy_RN[start:end], (0, 0, 0, stop - end))
-        torch.mm(dy_block.t(), x_RK[start:stop], out=dw_ENK[expert])
+        if dw_ENK.dtype == dy_RN.dtype:
+            torch.mm(dy_block.t(), x_RK[start:stop], out=dw_ENK[expert])
+        else:  # torch has no product of narrow operands with a wide result on the CPU: rounded once, then widened
+            dw_ENK[expert] = dy_block.t() @ x_RK[start:stop]
         filled.add(expert)
     for expert in set(range(counts_E.shape[0])) - filled:
         dw_ENK[expert].zero_()
+
+
+@torch.library.custom_op("megagrin::m_grouped", mutates_args=())
+def _m_grouped(x_RK: Tensor, w_ENK: Tensor, counts_E: Tensor, dgrad: bool) -> Tensor:
+    if use_triton(x_RK) and tma_rows(x_RK.dtype, *w_ENK.shape[1:]):
+        from megagrin.kernels.grouped_gemm_triton import run_m_grouped
+
+        return run_m_grouped(x_RK, w_ENK, counts_E, dgrad)
+    w_EKN = w_ENK if dgrad else w_ENK.transpose(1, 2)
+    if _use_grouped_mm(x_RK):
+        return torch._grouped_mm(x_RK, w_EKN, offs=_offsets(counts_E))
+    return _loop(x_RK, w_EKN, counts_E)
+
+
+@_m_grouped.register_fake
+def _(x_RK: Tensor, w_ENK: Tensor, counts_E: Tensor, dgrad: bool) -> Tensor:
+    return x_RK.new_empty(x_RK.shape[0], w_ENK.shape[2 if dgrad else 1])
+
+
+@torch.library.custom_op("megagrin::k_grouped_wgrad", mutates_args=())
+def _k_grouped_wgrad(dy_RN: Tensor, x_RK: Tensor, counts_E: Tensor, out_dtype: torch.dtype) -> Tensor:
+    if use_triton(dy_RN) and tma_rows(dy_RN.dtype, dy_RN.shape[1], x_RK.shape[1]):
+        from megagrin.kernels.grouped_gemm_triton import run_wgrad
+
+        return run_wgrad(dy_RN, x_RK, counts_E, out_dtype, None)
+    if _use_grouped_mm(dy_RN):
+        return torch._grouped_mm(dy_RN.t(), x_RK, offs=_offsets(counts_E)).to(out_dtype)
+    dw_ENK = dy_RN.new_empty(counts_E.shape[0], dy_RN.shape[1], x_RK.shape[1], dtype=out_dtype)
+    _wgrad_loop(dy_RN, x_RK, counts_E, dw_ENK)
     return dw_ENK
 
 
-class _GroupedGemm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x_RK: Tensor, w_ENK: Tensor, counts_E: Tensor) -> Tensor:
-        ctx.save_for_backward(x_RK, w_ENK, counts_E)
-        return m_grouped(x_RK, w_ENK, counts_E)
+@_k_grouped_wgrad.register_fake
+def _(dy_RN: Tensor, x_RK: Tensor, counts_E: Tensor, out_dtype: torch.dtype) -> Tensor:
+    return dy_RN.new_empty(counts_E.shape[0], dy_RN.shape[1], x_RK.shape[1], dtype=out_dtype)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy_RN: Tensor) -> tuple[Tensor, Tensor, None]:
-        x_RK, w_ENK, counts_E = ctx.saved_tensors
-        dy_RN = dy_RN.contiguous()
-        return m_grouped_dgrad(dy_RN, w_ENK, counts_E), k_grouped_wgrad(dy_RN, x_RK, counts_E), None
+
+@torch.library.custom_op("megagrin::k_grouped_wgrad_", mutates_args={"into_ENK"})
+def _k_grouped_wgrad_into(dy_RN: Tensor, x_RK: Tensor, counts_E: Tensor, into_ENK: Tensor) -> None:
+    if use_triton(dy_RN) and tma_rows(dy_RN.dtype, dy_RN.shape[1], x_RK.shape[1]):
+        from megagrin.kernels.grouped_gemm_triton import run_wgrad
+
+        run_wgrad(dy_RN, x_RK, counts_E, torch.float32, into_ENK)
+    else:
+        into_ENK += _k_grouped_wgrad(dy_RN, x_RK, counts_E, into_ENK.dtype)
+
+
+@_k_grouped_wgrad_into.register_fake
+def _(dy_RN: Tensor, x_RK: Tensor, counts_E: Tensor, into_ENK: Tensor) -> None:
+    return None
+
+
+def _save_inputs(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, bool], output: Tensor) -> None:
+    x_RK, w_ENK, counts_E, dgrad = inputs
+    ctx.save_for_backward(x_RK, w_ENK, counts_E)
+    ctx.dgrad = dgrad
+
+
+def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    x, w_ENK, counts_E = ctx.saved_tensors
+    to_x, to_w = ctx.needs_input_grad[:2]
+    rows = (x, dy) if ctx.dgrad else (dy, x)
+    return (
+        _m_grouped(dy, w_ENK, counts_E, not ctx.dgrad) if to_x else None,
+        _k_grouped_wgrad(*rows, counts_E, w_ENK.dtype) if to_w else None,
+        None,
+        None,
+    )
+
+
+_m_grouped.register_autograd(_backward, setup_context=_save_inputs)
+
+
+def m_grouped(x_RK: Tensor, w_ENK: Tensor, counts_E: Tensor) -> Tensor:
+    """y[r] = w[e(r)] · x[r]: (R, K) × (E, N, K) -> (R, N). The forward product."""
+    return _m_grouped(x_RK, w_ENK, counts_E, False)
+
+
+def m_grouped_dgrad(dy_RN: Tensor, w_ENK: Tensor, counts_E: Tensor) -> Tensor:
+    """dx[r] = w[e(r)]ᵀ · dy[r]: (R, N) × (E, N, K) -> (R, K)."""
+    return _m_grouped(dy_RN, w_ENK, counts_E, True)
+
+
+def k_grouped_wgrad(
+    dy_RN: Tensor,
+    x_RK: Tensor,
+    counts_E: Tensor,
+    out_dtype: torch.dtype | None = None,
+    accumulate_into: Tensor | None = None,
+) -> Tensor:
+    """dw[e] = Σ_{r of e} dy[r] ⊗ x[r]: (R, N) × (R, K) -> (E, N, K); zero for an expert without rows. Not differentiable.
+
+    Args:
+        dy_RN: (R, N), rows sorted by expert.
+        x_RK: (R, K), same dtype.
+        counts_E: int64 (E,), summing to R.
+        out_dtype: the operands' dtype (default) or float32, which keeps the kernels' fp32 sums unrounded.
+        accumulate_into: contiguous fp32 (E, N, K) that dw is added to and that is returned, as for main gradients. In the
+            kernels no earlier value travels to the multiprocessor and back.
+
+    Raises:
+        ValueError: accumulate_into has another shape or dtype, or is not contiguous.
+    """
+    if accumulate_into is None:
+        return _k_grouped_wgrad(dy_RN, x_RK, counts_E, out_dtype or dy_RN.dtype)
+    shape = (counts_E.shape[0], dy_RN.shape[1], x_RK.shape[1])
+    # fp64 beside fp64 operands: what the reference is checked with.
+    wide = torch.promote_types(dy_RN.dtype, torch.float32)
+    if accumulate_into.shape != shape or accumulate_into.dtype != wide or not accumulate_into.is_contiguous():
+        raise ValueError(
+            f"k_grouped_wgrad: accumulate_into {tuple(accumulate_into.shape)} {accumulate_into.dtype} must be contiguous "
+            f"{wide} of shape {shape}"
+        )
+    _k_grouped_wgrad_into(dy_RN, x_RK, counts_E, accumulate_into)
+    return accumulate_into
 
 
 def grouped_gemm(x_RK: Tensor, w_ENK: Tensor, counts_E: Tensor) -> Tensor:
     """Multiply each block of rows with its expert's matrix, differentiably.
 
     Args:
-        x_RK: (R, K) float32, float64 or bfloat16, rows sorted by expert.
+        x_RK: (R, K) float32, float64, bfloat16 or float16, rows sorted by expert.
         w_ENK: (E, N, K), same dtype and device.
-        counts_E: int64 (E,), rows per expert, summing to R; zeros allowed.
+        counts_E: int64 (E,), rows per expert, summing to R; zeros allowed. On CUDA the sum is not checked: that would wait for
+            the device, and a wrong sum is undefined behaviour.
 
     Returns:
         (R, N).
 
     Raises:
-        ValueError: shapes, dtypes, devices or counts that do not fit.
+        ValueError: shapes, dtypes, devices or (on the CPU) counts that do not fit.
     """
-    _check(x_RK, w_ENK, counts_E)
-    return _GroupedGemm.apply(x_RK, w_ENK, counts_E)
+    check_grouped(x_RK, w_ENK, counts_E)
+    return _m_grouped(x_RK, w_ENK, counts_E, False)

@@ -3,97 +3,208 @@
 Applying the weight v before the down projection is exact because W_down has no bias, and the expert's output then need not be
 saved for v's gradient: dL/dv = <W_downᵀ·dL/dy, silu(g) ⊙ u>.
 
-Saved for backward: x, the pre-activation h = (g, u), and the row weights. The activation is recomputed.
+Saved for backward: x (tokens, not their sorted copies, where a plan is given), the pre-activation h, and the routing. The
+activation is recomputed, and so is the copy of wide weights in the rows' dtype.
+
+Gate and up rows of W_gate_up are interleaved, row 2i the gate of feature i and row 2i + 1 its up: both meet in one thread of the
+kernels, and a cut of the rows at any even place leaves a smaller expert.
 
 The estimator of SparseMixer-v2 weighs a row differently in the two directions: v in the forward pass, b in the gradient that
 reaches the expert and its input. Where the two agree, b is left out.
 
-Shape suffixes: R routed rows, D model width, F expert width, E experts.
+Shape suffixes: T tokens, R routed rows, K experts per token, D model width, F expert width, E experts.
 """
 
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from megagrin.kernels.grouped_gemm import _check, k_grouped_wgrad, m_grouped, m_grouped_dgrad
+from megagrin.kernels.backend import tma_rows, use_triton
+from megagrin.kernels.grouped_gemm import check_grouped, k_grouped_wgrad, m_grouped, m_grouped_dgrad
+from megagrin.kernels.permute import SortPlan, gather_rows, gather_sum
 
 
 def _swiglu(h_R2F: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gate, up, sigmoid(gate) and silu(gate)·up, in fp32 at least."""
-    g_RF, u_RF = h_R2F.to(torch.promote_types(h_R2F.dtype, torch.float32)).chunk(2, dim=-1)
+    rows, wide = h_R2F.shape[0], torch.promote_types(h_R2F.dtype, torch.float32)
+    # Pairs parted in one pass: arithmetic on every second number would run 2 to 3 times slower on the CPU.
+    parted_2RF = torch.empty(2, rows, h_R2F.shape[1] // 2, dtype=wide, device=h_R2F.device)
+    g_RF, u_RF = parted_2RF.copy_(h_R2F.unflatten(1, (-1, 2)).permute(2, 0, 1))
     s_RF = torch.sigmoid(g_RF)
     return g_RF, u_RF, s_RF, (g_RF * s_RF).mul_(u_RF)
 
 
-class _ExpertMLP(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x_RD: Tensor,
-        gate_up_E2FD: Tensor,
-        down_EDF: Tensor,
-        v_R: Tensor,
-        b_R: Tensor | None,
-        counts_E: Tensor,
-    ) -> Tensor:
-        h_R2F = m_grouped(x_RD, gate_up_E2FD, counts_E)
-        act_RF = _swiglu(h_R2F)[3].mul_(v_R.unsqueeze(1)).to(x_RD.dtype)
-        ctx.save_for_backward(x_RD, h_R2F, gate_up_E2FD, down_EDF, v_R, b_R, counts_E)
-        return m_grouped(act_RF, down_EDF, counts_E)
+def _use_kernels(x: Tensor, down_EDF: Tensor) -> bool:
+    return use_triton(x) and tma_rows(x.dtype, *down_EDF.shape[1:])
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy_RD: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, None, None]:
-        x_RD, h_R2F, gate_up_E2FD, down_EDF, v_R, b_R, counts_E = ctx.saved_tensors
-        dy_RD = dy_RD.contiguous()
-        b_R1 = (v_R if b_R is None else b_R).unsqueeze(1)
-        g_RF, u_RF, s_RF, act_RF = _swiglu(h_R2F)
-        dact_RF = m_grouped_dgrad(dy_RD, down_EDF, counts_E).to(act_RF.dtype)
-        dv_R = torch.linalg.vecdot(dact_RF, act_RF).to(v_R.dtype)
-        d_down_EDF = k_grouped_wgrad(dy_RD, act_RF.mul_(b_R1).to(dy_RD.dtype), counts_E)
-        dact_RF = dact_RF.mul_(b_R1)
-        dh_R2F = torch.empty_like(h_R2F)
-        dg_RF, du_RF = dh_R2F.chunk(2, dim=-1)
-        # silu(g) = g·s, silu'(g) = s·(1 + g·(1 − s))
-        silu_RF = g_RF * s_RF
-        du_RF.copy_(dact_RF * silu_RF)
-        dg_RF.copy_(dact_RF.mul_(u_RF).mul_(silu_RF.mul_(1 - s_RF).add_(s_RF)))
-        d_gate_up_E2FD = k_grouped_wgrad(dh_R2F, x_RD, counts_E)
-        return m_grouped_dgrad(dh_R2F, gate_up_E2FD, counts_E), d_gate_up_E2FD, d_down_EDF, dv_R, None, None
+
+@torch.library.custom_op("megagrin::expert_mlp", mutates_args=())
+def _expert_mlp(
+    x: Tensor,
+    gate_up_E2FD: Tensor,
+    down_EDF: Tensor,
+    v_R: Tensor,
+    b_R: Tensor | None,
+    counts_E: Tensor,
+    source_R: Tensor | None,
+    place_TK: Tensor | None,
+    save_h: bool,
+) -> tuple[Tensor, Tensor]:
+    """y (R, D) and h (R, 2F), or an h without rows where it is not needed."""
+    gate_up_E2FD, down_EDF = gate_up_E2FD.to(x.dtype), down_EDF.to(x.dtype)
+    if _use_kernels(x, down_EDF):
+        from megagrin.kernels.moe_mlp_triton import run_forward
+
+        return run_forward(x, gate_up_E2FD, down_EDF, v_R, counts_E, source_R, place_TK, save_h)
+    x_RD = x if source_R is None or place_TK is None else gather_rows(x, source_R, place_TK)
+    h_R2F = m_grouped(x_RD, gate_up_E2FD, counts_E)
+    act_RF = _swiglu(h_R2F)[3].mul_(v_R.unsqueeze(1)).to(x.dtype)
+    return m_grouped(act_RF, down_EDF, counts_E), h_R2F if save_h else h_R2F.new_empty(0, h_R2F.shape[1])
+
+
+@_expert_mlp.register_fake
+def _(
+    x: Tensor,
+    gate_up_E2FD: Tensor,
+    down_EDF: Tensor,
+    v_R: Tensor,
+    b_R: Tensor | None,
+    counts_E: Tensor,
+    source_R: Tensor | None,
+    place_TK: Tensor | None,
+    save_h: bool,
+) -> tuple[Tensor, Tensor]:
+    rows = v_R.shape[0]
+    return x.new_empty(rows, x.shape[1]), x.new_empty(rows if save_h else 0, gate_up_E2FD.shape[1])
+
+
+@torch.library.custom_op("megagrin::expert_mlp_backward", mutates_args=())
+def _expert_mlp_backward(
+    dy_RD: Tensor,
+    x: Tensor,
+    h_R2F: Tensor,
+    gate_up_E2FD: Tensor,
+    down_EDF: Tensor,
+    v_R: Tensor,
+    b_R: Tensor | None,
+    counts_E: Tensor,
+    source_R: Tensor | None,
+    place_TK: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, gate_up, down and v."""
+    up_dtype, down_dtype = gate_up_E2FD.dtype, down_EDF.dtype
+    gate_up_E2FD, down_EDF = gate_up_E2FD.to(x.dtype), down_EDF.to(x.dtype)
+    b_R = v_R if b_R is None else b_R
+    if _use_kernels(x, down_EDF):
+        from megagrin.kernels.moe_mlp_triton import run_backward
+
+        weights = (gate_up_E2FD, down_EDF, b_R)
+        dx, d_up, d_down, dv_R = run_backward(dy_RD, x, h_R2F, *weights, counts_E, source_R, place_TK, (up_dtype, down_dtype))
+        return dx, d_up, d_down, dv_R.to(v_R.dtype)
+    dy_RD = dy_RD.contiguous()
+    b_R1 = b_R.unsqueeze(1)
+    g_RF, u_RF, s_RF, act_RF = _swiglu(h_R2F)
+    dact_RF = m_grouped_dgrad(dy_RD, down_EDF, counts_E).to(act_RF.dtype)
+    dv_R = torch.linalg.vecdot(dact_RF, act_RF).to(v_R.dtype)
+    d_down_EDF = k_grouped_wgrad(dy_RD, act_RF.mul_(b_R1).to(dy_RD.dtype), counts_E, down_dtype)
+    dact_RF = dact_RF.mul_(b_R1)
+    # silu(g) = g·s, silu'(g) = s·(1 + g·(1 − s))
+    silu_RF = g_RF * s_RF
+    dgrad_2RF = torch.empty(2, *silu_RF.shape, dtype=silu_RF.dtype, device=silu_RF.device)
+    torch.mul(dact_RF, silu_RF, out=dgrad_2RF[1])
+    torch.mul(dact_RF.mul_(u_RF), silu_RF.mul_(1 - s_RF).add_(s_RF), out=dgrad_2RF[0])
+    dh_R2F = torch.empty_like(h_R2F)
+    dh_R2F.unflatten(1, (-1, 2)).permute(2, 0, 1).copy_(dgrad_2RF)
+    x_RD = x if source_R is None or place_TK is None else gather_rows(x, source_R, place_TK)
+    d_gate_up_E2FD = k_grouped_wgrad(dh_R2F, x_RD, counts_E, up_dtype)
+    dx = m_grouped_dgrad(dh_R2F, gate_up_E2FD, counts_E)
+    if source_R is not None and place_TK is not None:
+        dx = gather_sum(dx, source_R, place_TK)
+    return dx, d_gate_up_E2FD, d_down_EDF, dv_R
+
+
+@_expert_mlp_backward.register_fake
+def _(
+    dy_RD: Tensor,
+    x: Tensor,
+    h_R2F: Tensor,
+    gate_up_E2FD: Tensor,
+    down_EDF: Tensor,
+    v_R: Tensor,
+    b_R: Tensor | None,
+    counts_E: Tensor,
+    source_R: Tensor | None,
+    place_TK: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return (
+        x.new_empty(x.shape),
+        gate_up_E2FD.new_empty(gate_up_E2FD.shape),
+        down_EDF.new_empty(down_EDF.shape),
+        v_R.new_empty(v_R.shape),
+    )
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, gate_up_E2FD, down_EDF, v_R, b_R, counts_E, source_R, place_TK, _ = inputs
+    ctx.save_for_backward(x, output[1], gate_up_E2FD, down_EDF, v_R, b_R, counts_E, source_R, place_TK)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, dy_RD: Tensor | None, dh: None) -> tuple[Tensor | None, ...]:
+    if dy_RD is None:
+        return (None,) * 9
+    dx, d_up, d_down, dv_R = _expert_mlp_backward(dy_RD, *ctx.saved_tensors)
+    return dx, d_up, d_down, dv_R, None, None, None, None, None
+
+
+_expert_mlp.register_autograd(_backward, setup_context=_setup)
 
 
 def expert_mlp(
-    x_RD: Tensor,
+    x: Tensor,
     gate_up_E2FD: Tensor,
     down_EDF: Tensor,
     weight_R: Tensor,
     counts_E: Tensor,
     backward_weight_R: Tensor | None = None,
+    plan: SortPlan | None = None,
 ) -> Tensor:
     """Run every expert on its block of rows.
 
     Args:
-        x_RD: (R, D), rows sorted by expert.
-        gate_up_E2FD: (E, 2F, D), gate rows before up rows.
-        down_EDF: (E, D, F).
+        x: (R, D) rows sorted by expert, or with a plan (T, D) tokens: the rows are then gathered inside and not kept.
+        gate_up_E2FD: (E, 2F, D), gate and up rows interleaved. x's dtype, or float32 beside 16-bit rows: cast inside, and its
+            gradient comes from the products' fp32 sums (rounded to x's dtype in between on the CPU only).
+        down_EDF: (E, D, F), likewise.
         weight_R: (R,) fp32 (fp64 beside fp64 rows), the router's weight of each row in the forward pass.
-        counts_E: int64 (E,), rows per expert, zeros allowed.
+        counts_E: int64 (E,), rows per expert, zeros allowed, summing to R (not checked on CUDA).
         backward_weight_R: (R,) like weight_R: what weighs the gradient to the expert and to x instead; None means weight_R.
+        plan: how the tokens of x are sorted into rows.
 
     Returns:
         (R, D), the weighted output of each row.
 
     Raises:
-        ValueError: shapes, dtypes, devices or counts that do not fit.
+        ValueError: shapes, dtypes, devices or (on the CPU) counts that do not fit.
     """
-    _check(x_RD, gate_up_E2FD, counts_E)
-    if down_EDF.shape != (gate_up_E2FD.shape[0], x_RD.shape[1], gate_up_E2FD.shape[1] // 2) or gate_up_E2FD.shape[1] % 2:
+    check_grouped(x, gate_up_E2FD, counts_E, wide_weights=True)
+    if down_EDF.shape != (gate_up_E2FD.shape[0], x.shape[1], gate_up_E2FD.shape[1] // 2) or gate_up_E2FD.shape[1] % 2:
         raise ValueError(
             f"expert_mlp: gate_up {tuple(gate_up_E2FD.shape)} and down {tuple(down_EDF.shape)} must be (E, 2F, D) and (E, D, F)"
         )
+    if (down_EDF.dtype, down_EDF.device) != (gate_up_E2FD.dtype, gate_up_E2FD.device):
+        raise ValueError(
+            f"expert_mlp: down is {down_EDF.dtype} on {down_EDF.device}, gate_up is {gate_up_E2FD.dtype} on "
+            f"{gate_up_E2FD.device}; they must agree"
+        )
+    if plan is not None and plan.place_TK.shape[0] != x.shape[0]:
+        raise ValueError(f"expert_mlp: the plan sorts {plan.place_TK.shape[0]} tokens, x {tuple(x.shape)} holds {x.shape[0]}")
+    rows = x.shape[0] if plan is None else plan.source_R.shape[0]
     for name, weight in (("weight", weight_R), ("backward_weight", backward_weight_R)):
-        if weight is not None and weight.shape != (x_RD.shape[0],):
-            raise ValueError(f"expert_mlp: {name} {tuple(weight.shape)} must be ({x_RD.shape[0]},), one number a row")
-    return _ExpertMLP.apply(x_RD, gate_up_E2FD, down_EDF, weight_R, backward_weight_R, counts_E)
+        if weight is not None and weight.shape != (rows,):
+            raise ValueError(f"expert_mlp: {name} {tuple(weight.shape)} must be ({rows},), one number a row")
+    save_h = torch.is_grad_enabled() and any(t.requires_grad for t in (x, gate_up_E2FD, down_EDF, weight_R))
+    source_R, place_TK = (None, None) if plan is None else (plan.source_R, plan.place_TK)
+    args = (x, gate_up_E2FD, down_EDF, weight_R, backward_weight_R, counts_E, source_R, place_TK, save_h)
+    return _expert_mlp(*args)[0]

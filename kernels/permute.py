@@ -11,7 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from megagrin.kernels.backend import use_triton
+
+_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Narrower rows (the router's weights) are left to torch: a program for each token would move a few bytes.
+_MIN_WIDTH = 32
 
 
 @dataclass(frozen=True)
@@ -22,20 +27,25 @@ class SortPlan:
         source_R: int64, for each sorted row the token it is a copy of.
         place_TK: int64, for each (token, choice) its sorted row.
         counts_E: int64, rows per group, on the device; may contain zeros.
+        order_R: int64, for each sorted row its number t·K + choice; the inverse of place_TK.
     """
 
     source_R: Tensor
     place_TK: Tensor
     counts_E: Tensor
+    order_R: Tensor
+
+    def of_choices(self) -> "SortPlan":
+        """The same sort for tensors with one row for each (token, choice)."""
+        return SortPlan(self.order_R, self.place_TK.reshape(-1, 1), self.counts_E, self.order_R)
 
 
-def sort_by_expert(expert_TK: Tensor, n_experts: int) -> SortPlan:
-    """Plan the sort of T·K rows by expert id.
+@torch.library.custom_op("megagrin::sort_by_expert", mutates_args=())
+def _sort(expert_TK: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if use_triton(expert_TK):
+        from megagrin.kernels.permute_triton import run_sort
 
-    Args:
-        expert_TK: int64 (T, K), values in [0, n_experts).
-        n_experts: number of groups E.
-    """
+        return run_sort(expert_TK, n_experts)
     flat_R = expert_TK.reshape(-1)
     order_R = torch.argsort(flat_R, stable=True)
     place_R = torch.empty_like(order_R)
@@ -43,50 +53,92 @@ def sort_by_expert(expert_TK: Tensor, n_experts: int) -> SortPlan:
     # Not bincount: on CUDA that copies the maximum to the host.
     counts_E = torch.zeros(n_experts, dtype=torch.int64, device=flat_R.device)
     counts_E.scatter_add_(0, flat_R, torch.ones_like(flat_R))
-    return SortPlan(order_R // expert_TK.shape[1], place_R.view(expert_TK.shape), counts_E)
+    return order_R // expert_TK.shape[1], place_R.view(expert_TK.shape), counts_E, order_R
 
 
-def _gather_sum(x_RD: Tensor, place_TK: Tensor) -> Tensor:
-    if place_TK.shape[1] == 1:
-        return x_RD.index_select(0, place_TK.view(-1))
+@_sort.register_fake
+def _(expert_TK: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows = expert_TK.shape[0] * expert_TK.shape[1]
+    place_TK, counts_E = expert_TK.new_empty(expert_TK.shape), expert_TK.new_empty(n_experts)
+    return expert_TK.new_empty(rows), place_TK, counts_E, expert_TK.new_empty(rows)
+
+
+def sort_by_expert(expert_TK: Tensor, n_experts: int) -> SortPlan:
+    """Plan the sort of T·K rows by expert id.
+
+    Args:
+        expert_TK: int64 (T, K), values in [0, n_experts): not checked on CUDA, where that would wait for the device.
+        n_experts: number of groups E.
+
+    Raises:
+        ValueError: expert_TK is not an int64 matrix.
+    """
+    if expert_TK.dim() != 2 or expert_TK.dtype != torch.int64:
+        raise ValueError(f"sort_by_expert: experts {tuple(expert_TK.shape)} {expert_TK.dtype} must be int64 (T, K)")
+    return SortPlan(*_sort(expert_TK, n_experts))
+
+
+def _use_kernels(x: Tensor) -> bool:
+    return use_triton(x) and x.dtype in _KERNEL_DTYPES and x.shape[1] >= _MIN_WIDTH
+
+
+@torch.library.custom_op("megagrin::gather_rows", mutates_args=())
+def gather_rows(x_TD: Tensor, source_R: Tensor, place_TK: Tensor) -> Tensor:
+    """x[source]: (T, D) -> (R, D), the op behind `permute`."""
+    if _use_kernels(x_TD):
+        from megagrin.kernels.permute_triton import run_gather_rows
+
+        return run_gather_rows(x_TD, place_TK)
+    return x_TD.index_select(0, source_R)
+
+
+@gather_rows.register_fake
+def _(x_TD: Tensor, source_R: Tensor, place_TK: Tensor) -> Tensor:
+    return x_TD.new_empty(source_R.shape[0], x_TD.shape[1])
+
+
+@torch.library.custom_op("megagrin::gather_sum", mutates_args=())
+def gather_sum(y_RD: Tensor, source_R: Tensor, place_TK: Tensor) -> Tensor:
+    """Σ_k y[place[t, k]]: (R, D) -> (T, D), the op behind `unpermute`. Sums in fp32 at least, rounds once."""
+    if _use_kernels(y_RD):
+        from megagrin.kernels.permute_triton import run_gather_sum
+
+        return run_gather_sum(y_RD, place_TK)
     # One gather and add per choice: the (T, K, D) copy is never formed.
-    out_TD = x_RD.index_select(0, place_TK[:, 0])
+    out_TD = y_RD.index_select(0, place_TK[:, 0])
+    if place_TK.shape[1] > 2:  # two numbers are rounded once in any dtype
+        out_TD = out_TD.to(torch.promote_types(y_RD.dtype, torch.float32))
     for choice in range(1, place_TK.shape[1]):
-        out_TD += x_RD.index_select(0, place_TK[:, choice])
-    return out_TD
+        out_TD += y_RD.index_select(0, place_TK[:, choice])
+    return out_TD.to(y_RD.dtype)
 
 
-class _Permute(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, source_R: Tensor, place_TK: Tensor) -> Tensor:
-        ctx.save_for_backward(place_TK)
-        return x_TD.index_select(0, source_R)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None, None]:
-        (place_TK,) = ctx.saved_tensors
-        return _gather_sum(grad_RD, place_TK), None, None
+@gather_sum.register_fake
+def _(y_RD: Tensor, source_R: Tensor, place_TK: Tensor) -> Tensor:
+    return y_RD.new_empty(place_TK.shape[0], y_RD.shape[1])
 
 
-class _Unpermute(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, y_RD: Tensor, source_R: Tensor, place_TK: Tensor) -> Tensor:
-        ctx.save_for_backward(source_R)
-        return _gather_sum(y_RD, place_TK)
+def _save_plan(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[1:])
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, None, None]:
-        (source_R,) = ctx.saved_tensors
-        return grad_TD.index_select(0, source_R), None, None
+
+def _gather_rows_backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None, None]:
+    return gather_sum(grad_RD, *ctx.saved_tensors), None, None
+
+
+def _gather_sum_backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, None, None]:
+    return gather_rows(grad_TD, *ctx.saved_tensors), None, None
+
+
+gather_rows.register_autograd(_gather_rows_backward, setup_context=_save_plan)
+gather_sum.register_autograd(_gather_sum_backward, setup_context=_save_plan)
 
 
 def permute(x_TD: Tensor, plan: SortPlan) -> Tensor:
     """Copy tokens into their sorted rows: (T, D) -> (R, D). The gradient of a token is the sum over its rows."""
-    return _Permute.apply(x_TD, plan.source_R, plan.place_TK)
+    return gather_rows(x_TD, plan.source_R, plan.place_TK)
 
 
 def unpermute(y_RD: Tensor, plan: SortPlan) -> Tensor:
     """Sum the K rows of each token: (R, D) -> (T, D), the inverse movement of `permute`."""
-    return _Unpermute.apply(y_RD, plan.source_R, plan.place_TK)
+    return gather_sum(y_RD, plan.source_R, plan.place_TK)

@@ -43,12 +43,12 @@ class BlockConfig:
 # Two-byte dtypes. Keys: capability major.
 _SIXTEEN_BIT: dict[int, dict[str, BlockConfig]] = {
     8: {
-        "m_grouped": BlockConfig(128, 128, 64, 8, 3),
-        "m_grouped_dgrad": BlockConfig(128, 128, 64, 8, 3),
-        "up_swiglu": BlockConfig(128, 128, 64, 8, 3, slices=4),
-        "down_dgrad": BlockConfig(128, 128, 64, 8, 3, slices=4),
-        "wgrad": BlockConfig(128, 128, 64, 8, 3),
-        "wgrad_fp32": BlockConfig(128, 128, 64, 8, 3),
+        "m_grouped": BlockConfig(128, 128, 32, 8, 3, slices=4),
+        "m_grouped_dgrad": BlockConfig(128, 128, 32, 8, 3, slices=4),
+        "up_swiglu": BlockConfig(128, 128, 32, 8, 3, slices=4),
+        "down_dgrad": BlockConfig(128, 64, 64, 8, 3, slices=4),
+        "wgrad": BlockConfig(128, 64, 64, 8, 3, slices=4),
+        "wgrad_fp32": BlockConfig(128, 64, 64, 8, 3, slices=4),
     },
     9: {
         "m_grouped": BlockConfig(128, 256, 64, 8, 4),
@@ -68,7 +68,7 @@ _SIXTEEN_BIT: dict[int, dict[str, BlockConfig]] = {
     },
 }
 # fp32 operands are multiplied exactly, without tensor cores: for checking numbers, not for speed.
-_FP32 = BlockConfig(64, 64, 32, 4, 2, slices=4)
+_FP32 = BlockConfig(64, 64, 16, 8, 2, slices=4)
 # Small enough that a test of 65 rows and 72 features has several tiles with ragged ends.
 _INTERPRETED = BlockConfig(32, 64, 32, 4, 2, group_m=2, slices=4)
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from megagrin import checkpoint, config
 from megagrin.data_prep.tokenizer import Tokenizer
 from megagrin.generate import load_tokenizer
-from megagrin.hf_mapping import Layout, from_hf_config, hf_views, to_hf_config
+from megagrin.hf_mapping import Layout, from_hf_config, hf_views, stored_shape, to_hf_config
 from megagrin.hf_tokenizer import write_tokenizer
 from megagrin.models.transformer import ModelConfig, Transformer
 from megagrin.moe.router import RouterConfig
@@ -160,7 +160,7 @@ def plan_shards(sizes: list[int], limit: float) -> list[slice]:
 
 
 def _write_weights(model: Transformer, folder: Path, dtype: torch.dtype, limit: float) -> None:
-    """Memory beyond the model: one file's worth of tensors where the dtype changes, nothing where it does not."""
+    """Memory beyond the model: one file's worth of the tensors whose dtype or row order changes."""
     views = list(hf_views(model, "released"))
     sizes = [view.numel() * dtype.itemsize for _, view in views]
     shards = plan_shards(sizes, limit)
@@ -278,8 +278,8 @@ def _check_tensors(source: Path, stored: dict[str, Any], expected: dict[str, Ten
     broken += [f"{name}: unexpected" for name in sorted(stored.keys() - expected.keys())]
     for name in sorted(expected.keys() & stored.keys()):
         header = stored[name].get_slice(name)
-        if header.get_shape() != list(expected[name].shape):
-            broken.append(f"{name}: shape {header.get_shape()} must be {list(expected[name].shape)}")
+        if header.get_shape() != stored_shape(expected[name]):
+            broken.append(f"{name}: shape {header.get_shape()} must be {stored_shape(expected[name])}")
         if header.get_dtype() not in _READABLE:
             broken.append(f"{name}: dtype {header.get_dtype()} is none of {', '.join(sorted(_READABLE))}")
     shown = 8
@@ -315,7 +315,7 @@ def import_model(source: Path) -> tuple[Transformer, RouterConfig]:
         _check_tensors(source, stored, dict(hf_views(model, layout)))
         model.to_empty(device="cpu")
         for name, view in hf_views(model, layout):
-            view.copy_(stored[name].get_tensor(name))
+            view.copy_(stored[name].get_tensor(name).view(view.shape))
     return model.eval(), router
 
 

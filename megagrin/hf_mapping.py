@@ -204,8 +204,10 @@ def from_hf_config(content: dict[str, Any]) -> tuple[ModelConfig, RouterConfig]:
 
 
 def _expert_views(name: str, parameter: Tensor, prefix: str, layout: Layout) -> Iterator[tuple[str, Tensor]]:
-    """Views of `moe.experts.gate_up_proj` (E, 2F, D) or `down_proj` (E, D, F)."""
+    """Views of `moe.experts.gate_up_proj` (E, 2F, D), gate and up rows interleaved, or `down_proj` (E, D, F)."""
     matrix = name.rpartition(".")[2]
+    if matrix == "gate_up_proj":
+        parameter = parameter.unflatten(1, (-1, 2)).transpose(1, 2)  # (E, 2, F, D): gates, then ups
     if layout == "fused":
         yield f"{prefix}.mlp.experts.{matrix}", parameter
         return
@@ -214,9 +216,15 @@ def _expert_views(name: str, parameter: Tensor, prefix: str, layout: Layout) -> 
         if matrix == "down_proj":
             yield f"{expert_prefix}.w2.weight", parameter[expert]
         else:
-            gate_FD, up_FD = parameter[expert].chunk(2)
+            gate_FD, up_FD = parameter[expert]
             yield f"{expert_prefix}.w1.weight", gate_FD
             yield f"{expert_prefix}.w3.weight", up_FD
+
+
+def stored_shape(view: Tensor) -> list[int]:
+    """Shape under which a view of `hf_views` is stored: fused experts' (E, 2, F, D) as (E, 2F, D), all others as they are."""
+    shape = list(view.shape)
+    return [shape[0], shape[1] * shape[2], shape[3]] if len(shape) == 4 else shape
 
 
 def hf_views(model: Transformer, layout: Layout) -> Iterator[tuple[str, Tensor]]:
@@ -227,7 +235,7 @@ def hf_views(model: Transformer, layout: Layout) -> Iterator[tuple[str, Tensor]]
         layout: which names and which grouping of the experts.
 
     Yields:
-        (name in the checkpoint, contiguous view without gradient), in the order of the layers.
+        (name in the checkpoint, view without gradient), in the order of the layers; see `stored_shape`.
     """
     for name, parameter in model.named_parameters():
         view = parameter.detach()

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from megagrin.moe.dispatch import LocalDispatch
+from megagrin.kernels.permute import permute
+from megagrin.moe.dispatch import Dispatched, LocalDispatch
 from megagrin.moe.router import Routing
 
 torch.set_num_threads(1)
@@ -22,6 +23,12 @@ def random_routing(n_tokens: int, top_k: int, n_experts: int, with_backward: boo
     return x_TD, Routing(expert_TK, weight_TK, backward_TK)
 
 
+def rows_of(sent: Dispatched) -> Tensor:
+    """The rows as the experts see them; in one process they gather them themselves."""
+    assert sent.plan is not None
+    return permute(sent.x, sent.plan)
+
+
 @pytest.mark.parametrize("with_backward", [False, True])
 @pytest.mark.parametrize(("n_tokens", "top_k", "n_experts"), [(1, 1, 1), (7, 2, 4), (33, 1, 8), (40, 8, 64), (0, 2, 4)])
 def test_rows_come_by_expert_then_token(n_tokens: int, top_k: int, n_experts: int, with_backward: bool) -> None:
@@ -31,7 +38,8 @@ def test_rows_come_by_expert_then_token(n_tokens: int, top_k: int, n_experts: in
         (routing.expert_TK[t, k].item(), t, k) for t in range(n_tokens) for k in range(top_k)
     )  # the order the docstring promises
     source = [t for _, t, _ in rows]
-    assert torch.equal(sent.x_RD, x_TD[source])
+    assert sent.x is x_TD
+    assert torch.equal(rows_of(sent), x_TD[source])
     assert sent.weight_R.tolist() == [routing.weight_TK[t, k].item() for _, t, k in rows]
     if with_backward:
         assert sent.backward_weight_R.tolist() == [routing.backward_weight_TK[t, k].item() for _, t, k in rows]
@@ -50,7 +58,7 @@ def test_weights_and_rows_carry_their_gradients_home(with_backward: bool) -> Non
     dispatch = LocalDispatch(6)
     sent = dispatch.dispatch(x_TD, routing)
     expert_R = torch.repeat_interleave(torch.arange(6), sent.counts_L)
-    y_RD = (sent.x_RD * scale_ED[expert_R]).sin() * sent.weight_R.unsqueeze(1)
+    y_RD = (rows_of(sent) * scale_ED[expert_R]).sin() * sent.weight_R.unsqueeze(1)
     y_TD = dispatch.combine(y_RD, sent)
 
     x_plain, weight_plain = (t.detach().clone().requires_grad_() for t in (x_TD, routing.weight_TK))
@@ -70,7 +78,7 @@ def test_all_tokens_to_one_expert_lose_nothing() -> None:
     routing = Routing(torch.full((n, 1), 11), torch.ones(n, 1, dtype=torch.float64), None)
     sent = dispatch.dispatch(x_TD, routing)
     assert sent.counts_L.tolist() == [n if expert == 11 else 0 for expert in range(16)]
-    assert torch.equal(dispatch.combine(sent.x_RD, sent), x_TD)
+    assert torch.equal(dispatch.combine(rows_of(sent), sent), x_TD)
 
 
 def test_combining_repeats_bit_for_bit() -> None:
@@ -80,7 +88,7 @@ def test_combining_repeats_bit_for_bit() -> None:
     for _ in range(3):
         x = x_TD.detach().float().requires_grad_()
         sent = dispatch.dispatch(x, routing)
-        y_TD = dispatch.combine(sent.x_RD * 1.1, sent)
+        y_TD = dispatch.combine(rows_of(sent) * 1.1, sent)
         y_TD.backward(x_TD.detach().float())
         results.append((y_TD.detach(), x.grad))
     for y_TD, dx_TD in results[1:]:

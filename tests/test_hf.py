@@ -248,7 +248,7 @@ def test_check_finds_other_weights(tmp_path: Path) -> None:
     export_model(ours, ROUTER, None, tmp_path / "out", _FP32)
     assert hf.check_export(tmp_path / "out", ours, torch.float32) < 1e-5
     with torch.no_grad():
-        ours.layers[1].moe.experts.gate_up_proj[2, 40, 3] += 1e-3
+        ours.layers[1].moe.experts.gate_up_proj[2, 41, 3] += 1e-3
     with pytest.raises(ValueError, match=r"layers\.1\.block_sparse_moe\.experts\.2\.w3"):
         hf.check_export(tmp_path / "out", ours, torch.float32)
 

@@ -8,7 +8,7 @@ import torch
 from hf_models import BASE, ROUTER, random_model
 from transformers import PhimoeConfig
 
-from megagrin.hf_mapping import Layout, from_hf_config, hf_views, to_hf_config
+from megagrin.hf_mapping import Layout, from_hf_config, hf_views, stored_shape, to_hf_config
 from megagrin.moe.router import RouterConfig
 
 
@@ -106,3 +106,19 @@ def test_import_of_an_old_configuration() -> None:
     assert (model.norm_eps, router.mask_eps) == (reference.rms_norm_eps, reference.router_jitter_noise)
     assert (model.attention_bias, model.lm_head_bias) == (reference.attention_bias, reference.lm_head_bias)
     assert from_hf_config(old | {"rope_theta": 10000})[0].rope_theta == 10000.0
+
+
+@pytest.mark.parametrize("layout", ["released", "fused"])
+def test_gates_and_ups_part(layout: Layout) -> None:
+    """Rows of gate_up_proj are interleaved; a checkpoint holds all gates, then all ups."""
+    model = random_model()
+    stored = {name: view.reshape(stored_shape(view)) for name, view in hf_views(model, layout)}
+    gate_up = model.layers[1].moe.experts.gate_up_proj.detach()
+    if layout == "fused":
+        together = stored["model.layers.1.mlp.experts.gate_up_proj"]
+        assert together.shape == gate_up.shape
+        gates, ups = together[2].chunk(2)
+    else:
+        gates, ups = (stored[f"model.layers.1.block_sparse_moe.experts.2.{matrix}.weight"] for matrix in ("w1", "w3"))
+    assert torch.equal(gates, gate_up[2, 0::2])
+    assert torch.equal(ups, gate_up[2, 1::2])

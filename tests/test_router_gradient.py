@@ -62,7 +62,7 @@ def d_log_p(p: list[float], expert: int, temperature: float) -> Tensor:
 
 
 def expert_output(x_D: Tensor, gate_up_2FD: Tensor, down_DF: Tensor) -> Tensor:
-    gate_F, up_F = (gate_up_2FD @ x_D).chunk(2)
+    gate_F, up_F = gate_up_2FD[0::2] @ x_D, gate_up_2FD[1::2] @ x_D
     return down_DF @ (gate_F * torch.sigmoid(gate_F) * up_F)
 
 

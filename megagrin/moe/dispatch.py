@@ -2,7 +2,8 @@
 
 Two verbs. `dispatch` returns the rows for the experts of this rank, sorted by expert, with their weights and what `combine` needs
 to bring the results home. Both implementations give rows of one expert in global token order, so that weight gradients sum in
-the same order under every expert-parallel degree.
+the same order under every expert-parallel degree. Where the tokens are on this rank already, they are handed on unsorted with the
+plan of the sort: the experts gather them, and no sorted copy lives until the backward pass.
 
 Shape suffixes: T tokens of this rank, K experts per token, R rows that this rank's experts receive, D model width,
 E experts of the model, L experts of this rank, P ranks of the expert-parallel group.
@@ -34,14 +35,16 @@ class Dispatched:
     """Rows for this rank's experts.
 
     Attributes:
-        x_RD: rows sorted by expert.
+        x: (R, D) rows sorted by expert, or (T, D) tokens where there is a plan.
+        plan: how the tokens of x are sorted into rows, or None.
         weight_R: forward weight of each row.
         backward_weight_R: backward weight, or None where it equals weight_R.
         counts_L: int64, rows per expert of this rank, zeros allowed.
         counts_E: int64, rows per expert that this rank's tokens chose.
     """
 
-    x_RD: Tensor
+    x: Tensor
+    plan: SortPlan | None
     weight_R: Tensor
     backward_weight_R: Tensor | None
     counts_L: Tensor
@@ -68,8 +71,7 @@ def _sorted_weights(routing: Routing, plan: SortPlan) -> Tensor:
     if routing.backward_weight_TK is not None:
         columns.append(routing.backward_weight_TK)
     flat = torch.stack([column.reshape(-1) for column in columns], dim=1)
-    choice_plan = SortPlan(torch.argsort(plan.place_TK.reshape(-1)), plan.place_TK.reshape(-1, 1), plan.counts_E)
-    return permute(flat, choice_plan)
+    return permute(flat, plan.of_choices())
 
 
 def _split_weights(weight_R2: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -86,7 +88,7 @@ class LocalDispatch:
     def dispatch(self, x_TD: Tensor, routing: Routing) -> Dispatched:
         plan = sort_by_expert(routing.expert_TK, self.n_experts)
         weight_R, backward_R = _split_weights(_sorted_weights(routing, plan))
-        return Dispatched(permute(x_TD, plan), weight_R, backward_R, plan.counts_E, plan.counts_E, plan, None)
+        return Dispatched(x_TD, plan, weight_R, backward_R, plan.counts_E, plan.counts_E, plan, None)
 
     def combine(self, y_RD: Tensor, sent: Dispatched) -> Tensor:
         return unpermute(y_RD, sent._home)
@@ -116,7 +118,8 @@ class AllToAllDispatch:
         by_expert = sort_by_expert(expert_R.unsqueeze(1), n_local)
         weight_R, backward_R = _split_weights(permute(weight_R2, by_expert))
         exchange = _Exchange(sent, received, by_expert)
-        return Dispatched(permute(x_RD, by_expert), weight_R, backward_R, by_expert.counts_E, home.counts_E, home, exchange)
+        x_RD = permute(x_RD, by_expert)
+        return Dispatched(x_RD, None, weight_R, backward_R, by_expert.counts_E, home.counts_E, home, exchange)
 
     def combine(self, y_RD: Tensor, sent: Dispatched) -> Tensor:
         exchange = sent._exchange

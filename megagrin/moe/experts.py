@@ -1,12 +1,13 @@
 """The experts' weights and their computation.
 
-Shape suffixes: R routed rows, D model width, F expert width, L experts of this rank.
+Shape suffixes: T tokens, R routed rows, D model width, F expert width, L experts of this rank.
 """
 
 import torch
 from torch import Tensor
 
 from megagrin.kernels.moe_mlp import expert_mlp
+from megagrin.kernels.permute import SortPlan
 from megagrin.parallel.comm import local_tensor
 
 
@@ -14,7 +15,7 @@ class Experts(torch.nn.Module):
     """SwiGLU experts without biases, stored as one tensor per matrix.
 
     Attributes:
-        gate_up_proj: (E, 2F, D), gate rows before up rows.
+        gate_up_proj: (E, 2F, D), gate and up rows interleaved: row 2i is the gate of feature i, row 2i + 1 its up.
         down_proj: (E, D, F).
     """
 
@@ -23,7 +24,11 @@ class Experts(torch.nn.Module):
         self.gate_up_proj = torch.nn.Parameter(torch.empty(n_experts, 2 * d_ff, d_model))
         self.down_proj = torch.nn.Parameter(torch.empty(n_experts, d_model, d_ff))
 
-    def forward(self, x_RD: Tensor, weight_R: Tensor, counts_L: Tensor, backward_weight_R: Tensor | None) -> Tensor:
+    def forward(
+        self, x: Tensor, weight_R: Tensor, counts_L: Tensor, backward_weight_R: Tensor | None, plan: SortPlan | None = None
+    ) -> Tensor:
         """Weighted outputs of this rank's experts, (R, D); arguments as in `megagrin.kernels.moe_mlp.expert_mlp`."""
-        gate_up, down = (local_tensor(weight).to(x_RD.dtype) for weight in (self.gate_up_proj, self.down_proj))
-        return expert_mlp(x_RD, gate_up, down, weight_R, counts_L, backward_weight_R)
+        gate_up, down = local_tensor(self.gate_up_proj), local_tensor(self.down_proj)
+        if gate_up.dtype != torch.float32 or x.dtype.itemsize != 2:  # fp32 beside 16-bit rows is cast, and kept, by the op
+            gate_up, down = gate_up.to(x.dtype), down.to(x.dtype)
+        return expert_mlp(x, gate_up, down, weight_R, counts_L, backward_weight_R, plan)

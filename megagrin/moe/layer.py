@@ -87,7 +87,7 @@ class MoELayer(torch.nn.Module):
         x_TD = x_BSD.flatten(0, 1)
         z_TE, routing = self.router(x_TD, None if train is None else train.draws)
         sent = self.token_dispatch.dispatch(x_TD, routing)
-        y_RD = self.experts(sent.x_RD, sent.weight_R.to(z_TE.dtype), sent.counts_L, sent.backward_weight_R)
+        y_RD = self.experts(sent.x, sent.weight_R.to(z_TE.dtype), sent.counts_L, sent.backward_weight_R, sent.plan)
         y_TD = self.token_dispatch.combine(y_RD, sent)
         prob_sum_E, z_sum = routing.sums or (torch.softmax(z_TE, dim=-1).sum(0), z_term(z_TE))
         if train is not None:
