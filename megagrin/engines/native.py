@@ -20,6 +20,7 @@ from megagrin.parallel.data import prepare_backward
 from megagrin.parallel.mesh import ParallelMesh
 from megagrin.parallel.plan import parallelize
 from megagrin.parallel.recompute import Recompute, RecomputeMode, RecomputePart
+from megagrin.parallel.tensor import sequence_slice
 
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 
@@ -106,6 +107,8 @@ class NativeEngine:
         """
         self.mesh, self.device, self.seed, self.optim_config, self.config = mesh, device, seed, optim, config
         self.balance = balance
+        # All tp ranks hold the loss of the same whole sequences; router statistics are each rank's own.
+        self._reports_loss = mesh.rank("tp") == 0
         compute_dtype = _DTYPES[config.dtype]
         with torch.device("meta"):
             self.model = Transformer(model, router, balance).to(torch.promote_types(compute_dtype, torch.float32))
@@ -134,12 +137,12 @@ class NativeEngine:
         sums: list[Tensor] = []
         for index, batch in enumerate(batches):
             prepare_backward(self.model, self.config.zero, index == len(batches) - 1)
-            draws = Draws(self.seed, step, batch.token_index_BS.flatten())
+            draws = Draws(self.seed, step, sequence_slice(batch.token_index_BS, self.mesh).flatten())
             train = TrainRouting(draws, routed, self.previous_f_LE, self.mesh.group("tokens"))
             output = self._forward(batch, train)
             assert output.loss_sum is not None
             (output.loss_sum / max(1, labelled)).backward()
-            sums.append(_pack(output))
+            sums.append(_pack(output, self._reports_loss))
         norm = gradient_norm(self.parameters, self.mesh.size("pp"))
         if not torch.isfinite(norm):
             raise FloatingPointError(f"step {step + 1}: the gradient norm is {norm.item()}; the weights were not changed")
@@ -161,7 +164,8 @@ class NativeEngine:
         for batch in (slice_batch(host.to(self.device), self.mesh) for host in batches):
             output = self._forward(batch, None)
             assert output.loss_sum is not None
-            total += torch.stack([output.loss_sum.double(), (batch.labels_BS != IGNORED_LABEL).sum().double()])
+            if self._reports_loss:
+                total += torch.stack([output.loss_sum.double(), (batch.labels_BS != IGNORED_LABEL).sum().double()])
         dist.all_reduce(total)
         return (total[0] / total[1].clamp_min(1)).item()
 
@@ -202,10 +206,10 @@ class NativeEngine:
         return StepResult(loss, balance, z, norm.item(), stats.counts_LE.cpu())
 
 
-def _pack(output: Output) -> Tensor:
+def _pack(output: Output, with_loss: bool) -> Tensor:
     """Loss and statistics of a micro-batch as one fp64 vector: one all-reduce a step. Counts stay exact below 2^53."""
     assert output.loss_sum is not None
-    parts = [output.loss_sum.detach().reshape(1)]
+    parts = [output.loss_sum.detach().reshape(1) * with_loss]
     if output.stats is not None:
         parts += [output.stats.counts_LE.flatten(), output.stats.prob_sum_LE.flatten(), output.stats.z_sum_L]
     return torch.cat([part.double() for part in parts])

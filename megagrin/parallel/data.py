@@ -18,7 +18,8 @@ from megagrin.parallel.mesh import ParallelMesh
 def _placement(shards: int):  # type: ignore[no-untyped-def]  # FSDP2's own callback type
     """Shard a dimension that no other axis cuts; dimension 0, the only one that may be uneven, before the others.
 
-    An expert's own dimensions come before the expert dimension: that one is short, and ep cuts it.
+    An expert's own dimensions come before the expert dimension: that one is short, and ep cuts it. No dimension is ever cut
+    twice: DTensor's placement for that (_StridedShard) does not describe every uneven cut.
     """
 
     def placement(parameter: nn.Parameter) -> Shard:
@@ -27,6 +28,7 @@ def _placement(shards: int):  # type: ignore[no-untyped-def]  # FSDP2's own call
         )
         free = [dim for dim in range(1, parameter.dim()) if dim not in cut and parameter.shape[dim] % shards == 0]
         if not free or (0 not in cut and parameter.dim() < 3):
+            assert shards == 1 or 0 not in cut, "RunConfig.violations has a rule for every parameter that tp, ep and etp cut"
             return Shard(0)
         return Shard(free[0])
 
@@ -69,7 +71,7 @@ def shard_data_parallel(model: nn.Module, mesh: ParallelMesh, compute_dtype: tor
             mesh=on,
             mp_policy=policy,
             reshard_after_forward=reshard_after,
-            shard_placement_fn=_placement(on.size()),
+            shard_placement_fn=_placement(on.size(on.ndim - 1)),
             ignored_params=alone,
         )
 

@@ -9,6 +9,7 @@ from megagrin.parallel.data import shard_data_parallel
 from megagrin.parallel.expert import shard_experts
 from megagrin.parallel.mesh import ParallelMesh
 from megagrin.parallel.recompute import Recompute, apply_recompute
+from megagrin.parallel.tensor import shard_tensors
 
 
 def parallelize(
@@ -29,6 +30,8 @@ def parallelize(
         recompute: see `apply_recompute`.
         compiled: see `compile_dense`.
     """
+    if mesh.size("tp") > 1:
+        shard_tensors(model, mesh)
     if mesh.size("ep") > 1:
         shard_experts(model, mesh)
     if mesh.size("cp") > 1:
