@@ -110,7 +110,7 @@ class RunConfig:
                 f"train.global_batch_size: {train.global_batch_size} must be a multiple of "
                 f"data-parallel ranks × train.micro_batch_size ({dp} × {train.micro_batch_size})"
             )
-        broken += self._sequence_violations()
+        broken += self._sequence_violations() + self._cut_violations(world_size)
         if train.seq_len > self.model.max_positions:
             broken.append(f"train.seq_len: {train.seq_len} must not exceed model.max_positions ({self.model.max_positions})")
         if self.router.forced_balance and not train.allow_forced_balance:
@@ -140,6 +140,36 @@ class RunConfig:
                 for name, heads in (("n_heads", model.n_heads), ("n_kv_heads", model.n_kv_heads))
                 if heads % (parallel.cp * parallel.tp)
             ]
+        return broken
+
+    def _cut_violations(self, world_size: int) -> list[str]:
+        """Rules of matrices that are cut over ranks, as `field: value and rule`."""
+        model, parallel = self.model, self.parallel
+        if min(parallel.tp, parallel.cp, parallel.ep, parallel.etp, parallel.dp_replicate) < 1:
+            return []
+        divides = [("tp", "model.n_heads", model.n_heads), ("tp", "model.n_kv_heads", model.n_kv_heads)]
+        divides.append(("etp", "model.d_ff", model.d_ff) if model.is_moe else ("tp", "model.d_ff", model.d_ff))
+        if parallel.cp == 1:  # the rule of cp includes this one
+            divides.append(("tp", "train.seq_len", self.train.seq_len))
+        broken = [
+            f"parallel.{axis}: {getattr(parallel, axis)} must divide {name} ({length})"
+            for axis, name, length in divides
+            if length % getattr(parallel, axis)
+        ]
+        # What is cut once needs a second dimension that data-parallel sharding can cut evenly.
+        dense = parallel.data_parallel_size(world_size) * parallel.cp // parallel.dp_replicate
+        if parallel.tp > 1 and dense and model.d_model % dense:
+            broken.append(
+                f"model.d_model: {model.d_model} must be a multiple of the ranks that shard each of parallel.tp's parts ({dense}); "
+                "parallel.dp_replicate lowers that number"
+            )
+        expert = parallel.expert_data_parallel_size(world_size) // parallel.dp_replicate
+        one_left = parallel.etp > 1 or (expert and model.d_ff % expert)
+        if parallel.ep > 1 and expert and model.d_model % expert and one_left:
+            broken.append(
+                f"model.d_model: {model.d_model} must be a multiple of the ranks that shard each expert ({expert}); "
+                "parallel.dp_replicate lowers that number"
+            )
         return broken
 
 

@@ -86,13 +86,11 @@ class MoELayer(torch.nn.Module):
         """
         x_TD = x_BSD.flatten(0, 1)
         z_TE, routing = self.router(x_TD, None if train is None else train.draws)
-        sent = self.token_dispatch.dispatch(x_TD, routing)
-        y_RD = self.experts(sent.x, sent.weight_R.to(z_TE.dtype), sent.counts_L, sent.backward_weight_R, sent.plan)
-        y_TD = self.token_dispatch.combine(y_RD, sent)
+        y_TD, counts_E = self.token_dispatch.run(x_TD, routing, self.experts)
         prob_sum_E, z_sum = routing.sums or (torch.softmax(z_TE, dim=-1).sum(0), z_term(z_TE))
         if train is not None:
-            y_TD = attach(y_TD, prob_sum_E, z_sum, self._load(sent.counts_E, train, z_TE.dtype), self.balance, train.tokens)
-        return y_TD.view_as(x_BSD), RouterStats(sent.counts_E, prob_sum_E.detach(), z_sum.detach())
+            y_TD = attach(y_TD, prob_sum_E, z_sum, self._load(counts_E, train, z_TE.dtype), self.balance, train.tokens)
+        return y_TD.view_as(x_BSD), RouterStats(counts_E, prob_sum_E.detach(), z_sum.detach())
 
     def _load(self, counts_E: Tensor, train: TrainRouting, dtype: torch.dtype) -> Tensor | GlobalCounts:
         if self.balance.scope == "batch":

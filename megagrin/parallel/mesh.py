@@ -24,6 +24,8 @@ class ParallelConfig:
         cp: ranks that share each sequence in attention (context parallel).
         ep: ranks that share one set of experts, by dropless all-to-all; 1 keeps all experts on every rank.
         etp: ranks that share each expert's matrices (expert tensor parallel).
+        ep_chunks: parts that a rank's tokens are split into for the exchange over ep: with 2, one half travels while the experts
+            work on the other; 1 does not overlap. Results are the same.
         dp_replicate: copies of the sharded model, usually the number of nodes: parameters are gathered inside a copy only
             (hybrid sharding); 1 shards over all data-parallel ranks.
         cp_method: how attention reaches over the cp ranks: all_gather brings all keys and values to each of them; ulysses swaps
@@ -35,6 +37,7 @@ class ParallelConfig:
     cp: int = 1
     ep: int = 1
     etp: int = 1
+    ep_chunks: int = 1
     dp_replicate: int = 1
     cp_method: Literal["all_gather", "ulysses"] = "all_gather"
 
@@ -68,6 +71,8 @@ class ParallelConfig:
                 for name in ("ep", "etp")
                 if getattr(self, name) > 1
             ]
+        elif self.ep_chunks > 1 and self.ep == 1:
+            broken.append(f"parallel.ep_chunks: {self.ep_chunks} splits an exchange that parallel.ep=1 does not make")
         elif n_experts % self.ep:
             broken.append(f"parallel.ep: {self.ep} must divide model.n_experts ({n_experts})")
         if not broken:

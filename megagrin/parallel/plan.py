@@ -32,7 +32,7 @@ def parallelize(
     """
     if mesh.size("tp") > 1:
         shard_tensors(model, mesh)
-    if mesh.size("ep") > 1:
+    if mesh.size("ep") * mesh.size("etp") > 1:
         shard_experts(model, mesh)
     if mesh.size("cp") > 1:
         shard_context(model, mesh, mesh.config.cp_method)
