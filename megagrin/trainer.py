@@ -160,7 +160,7 @@ class RunConfig:
         dense = parallel.data_parallel_size(world_size) * parallel.cp // parallel.dp_replicate
         if parallel.tp > 1 and dense and model.d_model % dense:
             broken.append(
-                f"model.d_model: {model.d_model} must be a multiple of the ranks that shard each of parallel.tp's parts ({dense}); "
+                f"model.d_model: {model.d_model} must be a multiple of the ranks that shard each part of a matrix ({dense}); "
                 "parallel.dp_replicate lowers that number"
             )
         expert = parallel.expert_data_parallel_size(world_size) // parallel.dp_replicate

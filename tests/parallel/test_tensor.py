@@ -60,15 +60,16 @@ def test_documents(gloo: GlooPool) -> None:
 
 
 def test_bf16(gloo: GlooPool) -> None:
-    """bf16 compute with fp32 masters: two ranks agree with one process far better than bf16 agrees with fp32."""
-    run = Run(ParallelConfig(tp=2), 8, "bf16", 2)
+    """bf16 compute with fp32 masters: two ranks are hardly farther from fp32 than one. Dense: no draw can flip."""
+    run = Run(ParallelConfig(tp=2), 8, "bf16", 2, model=DENSE)
     narrow, exact = reference(gloo, run), reference(gloo, replace(run, dtype="fp32"))
     ours = gloo.run(2, run_steps, run)[0]
     assert all(tensor.dtype == torch.float32 for what in ("weights", "gradients") for tensor in ours[what].values())
-    assert abs(ours["losses"][0] / narrow["losses"][0] - 1) < 1e-3
+    assert 0 < abs(ours["losses"][0] / exact["losses"][0] - 1) < 1e-2
     for name, gradient in exact["gradients"].items():
-        if "k_proj.bias" not in name and "moe" not in name:  # a flipped draw moves an expert's gradient as a whole
-            assert (ours["gradients"][name][0] - gradient[0]).norm() < 0.1 * gradient[0].norm(), name
+        if "k_proj.bias" not in name:
+            error, alone = ((run_["gradients"][name][0] - gradient[0]).norm() / gradient[0].norm() for run_ in (ours, narrow))
+            assert 0 < error < 1.5 * alone + 0.005, f"{name}: {error:.4f} from fp32, one process {alone:.4f}"
 
 
 @pytest.mark.parametrize(("rows", "ranks"), [(32064, 128), (32064, 64), (67, 4), (3, 4), (5, 4), (1, 8), (9, 4)])
@@ -140,7 +141,7 @@ def logits(run: Run) -> tuple[Tensor, Tensor, float]:
 def test_logits_and_validation_loss(gloo: GlooPool, vocab_size: int) -> None:
     run = Run(model=replace(HEADS4, vocab_size=vocab_size))
     whole, last, loss = gloo.run(1, logits, run)[0]
-    assert torch.equal(whole[:, -1], last)
+    torch.testing.assert_close(whole[:, -1], last, rtol=1e-10, atol=1e-12)
     for ours in gloo.run(4, logits, replace(run, parallel=ParallelConfig(tp=4))):
         torch.testing.assert_close(ours[0], whole, rtol=1e-10, atol=1e-12)
         torch.testing.assert_close(ours[1], last, rtol=1e-10, atol=1e-12)
@@ -158,6 +159,6 @@ def test_what_cannot_be_cut_is_refused() -> None:
     run = replace(run, model=replace(DENSE, d_ff=25), parallel=ParallelConfig(tp=2), train=replace(train, global_batch_size=9))
     broken = "\n".join(run.violations(6))
     assert "parallel.tp: 2 must divide model.d_ff (25)" in broken
-    assert "model.d_model: 32 must be a multiple of the ranks that shard each of parallel.tp's parts (3)" in broken
+    assert "model.d_model: 32 must be a multiple of the ranks that shard each part of a matrix (3)" in broken
     run = replace(run, model=replace(MODEL, d_ff=25), parallel=ParallelConfig(ep=2))
     assert "model.d_model: 32 must be a multiple of the ranks that shard each expert (3)" in "\n".join(run.violations(6))

@@ -9,6 +9,7 @@ from common import (
     BALANCE,
     MODEL,
     OPTIM,
+    SEQUENCES,
     Run,
     build_engine,
     capture_gradients,
@@ -38,11 +39,12 @@ LAYOUTS = [
 
 
 def one_step(run: Run) -> dict[str, Any]:
-    """Unclipped gradients of the first step, and what it reported."""
+    """Unclipped gradients of the second step, and what it reported. The first changes no weight: scope `batch` needs its load."""
     engine = build_engine(run)
     gradients = capture_gradients(engine)
-    result = engine.train_step(micro_batches(run, 0, engine.mesh), 0, 1e-3)
-    return {"gradients": gradients[0], "norm": result.grad_norm, "loss": result.loss}
+    for step in range(2):
+        result = engine.train_step(micro_batches(run, step, engine.mesh), step, lr=0.0)
+    return {"gradients": gradients[1], "norm": result.grad_norm, "loss": result.loss}
 
 
 def ratio(ours: Tensor, expected: Tensor) -> float:
@@ -59,7 +61,9 @@ def test_balance_loss_is_not_divided_by_dp(gloo: GlooPool, world_size: int, para
         steps = [gloo.run(ranks, one_step, replace(run, balance=replace(run.balance, coef=coef)))[0] for coef in (1.0, 0.0)]
         return {name: steps[0]["gradients"][name] - steps[1]["gradients"][name] for name in steps[0]["gradients"]}
 
-    run = Run(parallel, 2, balance=replace(BALANCE, scope=scope, z_coef=0.0), optim=UNCLIPPED)
+    # One micro-batch a rank: scope `global` counts over ranks, not over micro-batches.
+    micro = SEQUENCES // parallel.data_parallel_size(world_size)
+    run = Run(parallel, micro, balance=replace(BALANCE, scope=scope, z_coef=0.0), optim=UNCLIPPED)
     ours, expected = own(world_size, run), own(1, run.reference())
     for name in ("layers.1.moe.router.weight", "layers.0.moe.router.weight", "embed.weight"):
         assert ratio(ours[name], expected[name]) == pytest.approx(1, rel=1e-8), name
