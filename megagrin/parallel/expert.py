@@ -5,6 +5,7 @@ its part of d_ff. With ep 1 the etp group gathers tokens before they are sorted,
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +42,11 @@ class PartedExperts(Experts):
         Returns:
             Handles of the outputs under way.
         """
-        return [work(index, handle, super(PartedExperts, self).forward) for index, handle in enumerate(handles)]
+        return [work(index, handle, self.compute) for index, handle in enumerate(handles)]
+
+    def compute(self, *rows: Any) -> Tensor:
+        """The experts' work on one chunk, without its journey: what may be recomputed."""
+        return super().forward(*rows)
 
 
 def _token_dispatch(n_experts: int, mesh: ParallelMesh) -> Dispatch:

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from megagrin.models.transformer import ModelConfig, Transformer
 from megagrin.nn.attention import attention_layers
-from megagrin.parallel.expert import moe_layers
+from megagrin.parallel.expert import PartedExperts, moe_layers
 
 RecomputeMode = Literal["none", "full", "selective", "budget"]
 RecomputePart = Literal["attention_core", "expert_mlp", "norms", "router"]
@@ -173,7 +173,11 @@ def _recompute_parts(model: Transformer, parts: tuple[RecomputePart, ...]) -> No
     if "attention_core" in parts:
         chosen += [attention.core for attention in attention_layers(model)]
     if "expert_mlp" in parts:
-        chosen += [layer.experts for layer in moe_layers(model)]
+        for experts in (layer.experts for layer in moe_layers(model)):
+            if isinstance(experts, PartedExperts):
+                experts.compute = checkpointed(experts.compute)  # type: ignore[method-assign]
+            else:
+                chosen.append(experts)
     if "router" in parts:
         chosen += [layer.router for layer in moe_layers(model)]
     for module in chosen:

@@ -11,19 +11,20 @@ from helpers import GlooPool
 from megagrin.parallel.mesh import ParallelConfig
 
 FOLDED = ParallelConfig(tp=2, ep=2, etp=2)
+SLOW = pytest.mark.slow
 SHORT = [
     pytest.param(2, ParallelConfig(etp=2), 4, MODEL, id="etp2"),
-    pytest.param(4, ParallelConfig(etp=4), 2, MODEL, id="etp4"),
-    pytest.param(4, ParallelConfig(etp=2), 1, MODEL, id="etp2-edp2-accumulation"),
+    pytest.param(4, ParallelConfig(etp=4), 2, MODEL, id="etp4", marks=SLOW),
+    pytest.param(4, ParallelConfig(etp=2), 1, MODEL, id="etp2-edp2-accumulation", marks=SLOW),
     pytest.param(4, ParallelConfig(ep=2, etp=2), 2, MODEL, id="ep2-etp2"),
-    pytest.param(4, ParallelConfig(tp=2, etp=2), 2, MODEL, id="tp2-etp2"),
+    pytest.param(4, ParallelConfig(tp=2, etp=2), 2, MODEL, id="tp2-etp2", marks=SLOW),
     pytest.param(4, FOLDED, 4, replace(MODEL, top_k=1), id="tp2-ep2-etp2-top1"),
-    pytest.param(2, ParallelConfig(ep=2, ep_chunks=2), 4, MODEL, id="ep2-overlapped"),
+    pytest.param(2, ParallelConfig(ep=2, ep_chunks=2), 4, MODEL, id="ep2-overlapped", marks=SLOW),
     pytest.param(4, ParallelConfig(ep=2, ep_chunks=2), 1, MODEL, id="ep2-edp2-overlapped"),
     pytest.param(4, replace(FOLDED, ep_chunks=3), 2, replace(MODEL, top_k=4), id="tp2-ep2-etp2-overlapped-top4"),
-    pytest.param(8, FOLDED, 2, MODEL, id="tp2-dp4-ep2-etp2-edp2"),
-    pytest.param(8, ParallelConfig(tp=2, cp=2, ep=4, etp=2), 4, MODEL, id="tp2-cp2-ep4-etp2"),
-    pytest.param(8, ParallelConfig(tp=2, ep=2, etp=2, dp_replicate=2), 2, MODEL, id="tp2-ep2-etp2-hybrid"),
+    pytest.param(8, FOLDED, 2, MODEL, id="tp2-dp4-ep2-etp2-edp2", marks=SLOW),
+    pytest.param(8, ParallelConfig(tp=2, cp=2, ep=4, etp=2), 4, MODEL, id="tp2-cp2-ep4-etp2", marks=SLOW),
+    pytest.param(8, ParallelConfig(tp=2, ep=2, etp=2, dp_replicate=2), 2, MODEL, id="tp2-ep2-etp2-hybrid", marks=SLOW),
 ]
 
 
@@ -32,20 +33,30 @@ def test_same_run(gloo: GlooPool, world_size: int, parallel: ParallelConfig, mic
     assert_same_run(gloo, world_size, Run(parallel, micro, model=model))
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "fp64"])
+@pytest.mark.parametrize("dtype", ["fp32", pytest.param("fp64", marks=SLOW)])
 def test_same_run_over_20_steps(gloo: GlooPool, dtype: str) -> None:
     assert_same_run(gloo, 4, Run(FOLDED, 2, dtype, STEPS))
 
 
-def test_resharded_experts(gloo: GlooPool) -> None:
-    """Weights gathered anew in backward, or kept; both with chunks, whose experts FSDP2 must see as one call."""
-    for reshard in (True, False):
-        run = Run(ParallelConfig(ep=2, ep_chunks=2), 2, engine={"reshard_after_forward": reshard})
-        assert_same_run(gloo, 4, run)
+@pytest.mark.parametrize(
+    "engine",
+    [
+        {"zero": 3},
+        pytest.param({"zero": 1}, marks=SLOW),
+        {"recompute": "full"},
+        {"recompute": "selective", "recompute_parts": ("expert_mlp", "router")},
+    ],
+    ids=str,
+)
+def test_overlapped_with_sharding_and_recompute(gloo: GlooPool, engine: dict[str, Any]) -> None:
+    """Weights gathered anew in backward, or kept; blocks that exchange again in backward, or only compute again."""
+    assert_same_run(gloo, 4, Run(ParallelConfig(ep=2, ep_chunks=2), 2, engine=engine))
 
 
 @pytest.mark.parametrize("experts", [[5, 4], [0, 7], [3, 2]], ids=["second-rank-only", "both-ends", "first-rank-only"])
-@pytest.mark.parametrize("parallel", [FOLDED, replace(FOLDED, ep_chunks=2), ParallelConfig(tp=2, etp=4)], ids=str)
+@pytest.mark.parametrize(
+    "parallel", [replace(FOLDED, ep_chunks=2), ParallelConfig(tp=2, etp=4)], ids=["folded-overlapped", "tp2-etp4"]
+)
 def test_empty_experts_and_ranks(gloo: GlooPool, experts: list[int], parallel: ParallelConfig) -> None:
     """All tokens to two experts: whole ep ranks receive nothing and share nothing with their etp group."""
     run = Run(parallel)
