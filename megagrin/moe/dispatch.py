@@ -1,9 +1,9 @@
 """Token exchange: bring each token to its experts and the results back. No token is ever dropped.
 
-Two verbs. `dispatch` returns the rows for the experts of this rank, sorted by expert, with their weights and what `combine` needs
-to bring the results home; `run` is both around the experts. Rows of one expert come by source rank, then in the order of that
-rank's tokens, so that results repeat bit for bit. Where one more sort is all that is left to do, rows are handed on unsorted with its plan: the experts gather them,
-and no sorted copy lives until the backward pass.
+Two verbs. `dispatch` returns the rows for the experts of this rank with their weights, and what `combine` needs to bring the
+results home; `run` is both around the experts. Rows of one expert come by source rank, then in the order of that rank's tokens,
+so that results repeat bit for bit. They are handed over unsorted, with the plan of the sort: the experts gather them, and no
+sorted copy lives until the backward pass.
 
 Shape suffixes: T tokens of this rank, K experts per token, R rows that this rank's experts receive, D model width,
 E experts of the model, L experts of this rank, P ranks of the expert-parallel group, Q ranks of the expert-tensor-parallel group,
@@ -37,8 +37,8 @@ class Dispatched:
     """Rows for this rank's experts.
 
     Attributes:
-        x: (R, D) rows sorted by expert, or what `plan` sorts into them: (T, D) tokens of this rank, or rows as they arrived.
-        plan: how x is sorted by expert, or None.
+        x: what `plan` sorts into rows: (T, D) tokens of this rank, or (R, D) rows as they arrived.
+        plan: the sort by expert.
         weight_R: forward weight of each row.
         backward_weight_R: backward weight, or None where it equals weight_R.
         counts_L: int64, rows per expert of this rank, zeros allowed.
@@ -46,7 +46,7 @@ class Dispatched:
     """
 
     x: Tensor
-    plan: SortPlan | None
+    plan: SortPlan
     weight_R: Tensor
     backward_weight_R: Tensor | None
     counts_L: Tensor
@@ -233,7 +233,6 @@ class AllToAllDispatch(Dispatch):
         """Start the way home of a chunk's outputs; `exchange.finish(handle)` ends it."""
         part = sent._part
         assert part is not None
-        assert sent.plan is not None
         y_RD = unpermute(y_RD, sent.plan)
         if self.cut_group is not None:
             y_RD = reduce_scatter_rows(y_RD, part.rows_Q, self.cut_group)
