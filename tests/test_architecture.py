@@ -37,6 +37,7 @@ FLOORS = {
     "megagrin.parallel.context": 4,
     "megagrin.parallel.recompute": 4,
     "megagrin.parallel.tensor": 4,
+    "megagrin.parallel.pipeline": 4,
     "megagrin.parallel.plan": 4,
     "megagrin.checkpoint": 4,
     "megagrin.hf_mapping": 4,

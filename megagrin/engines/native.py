@@ -1,11 +1,13 @@
 """The native engine: FSDP2 data parallelism, expert parallelism, gradient accumulation, one clip norm, fused AdamW."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from megagrin.data.loader import IGNORED_LABEL, Batch
 from megagrin.models.init import init_parameters
@@ -18,6 +20,7 @@ from megagrin.optim import OptimConfig, build_adamw, clip_gradients, gradient_no
 from megagrin.parallel.context import slice_batch
 from megagrin.parallel.data import prepare_backward
 from megagrin.parallel.mesh import ParallelMesh
+from megagrin.parallel.pipeline import MicroBatch, Pipeline, Stages, run_part, stage_parts
 from megagrin.parallel.plan import parallelize
 from megagrin.parallel.recompute import Recompute, RecomputeMode, RecomputePart
 from megagrin.parallel.tensor import sequence_slice
@@ -106,15 +109,22 @@ class NativeEngine:
             ValueError: an attention kernel that the device has not, or a memory budget that cannot be kept.
         """
         self.mesh, self.device, self.seed, self.optim_config, self.config = mesh, device, seed, optim, config
-        self.balance = balance
+        self.balance, self.is_moe = balance, model.is_moe
         # All tp ranks hold the loss of the same whole sequences; router statistics are each rank's own.
         self._reports_loss = mesh.rank("tp") == 0
         compute_dtype = _DTYPES[config.dtype]
+        master_dtype = torch.promote_types(compute_dtype, torch.float32)
+        parts = stage_parts(model, mesh.config)[mesh.rank("pp") :: mesh.size("pp")]
         with torch.device("meta"):
-            self.model = Transformer(model, router, balance).to(torch.promote_types(compute_dtype, torch.float32))
-        use_backend(attention_layers(self.model), self.model.attention_mask, config.attention, device, compute_dtype)
+            stages = [Transformer(model, router, balance, part).to(master_dtype) for part in parts]
         recompute = self._recompute(micro_batch_tokens, compute_dtype)
-        parallelize(self.model, mesh, compute_dtype, config.zero == 3, recompute, config.compile)
+        pipelined = mesh.size("pp") > 1
+        for stage in stages:
+            use_backend(attention_layers(stage), stage.attention_mask, config.attention, device, compute_dtype)
+            # A pipeline's stage keeps gathered parameters from the first to the last micro-batch of a step.
+            parallelize(stage, mesh, compute_dtype, config.zero == 3 and not pipelined, recompute, config.compile)
+        self.model: Transformer | Stages = Stages(stages) if pipelined else stages[0]
+        self.pipeline = Pipeline(stages, mesh, compute_dtype, device) if pipelined else None
         self.model.to_empty(device=device)
         init_parameters(self.model, model, seed)
         self.parameters = list(self.model.parameters())
@@ -133,16 +143,11 @@ class NativeEngine:
         """
         batches = [batch.to(self.device) for batch in micro_batches]
         routed, labelled = self._global_tokens(batches)
-        batches = [slice_batch(batch, self.mesh) for batch in batches]
-        sums: list[Tensor] = []
-        for index, batch in enumerate(batches):
-            prepare_backward(self.model, self.config.zero, index == len(batches) - 1)
+        inputs: list[MicroBatch] = []
+        for batch in (slice_batch(batch, self.mesh) for batch in batches):
             draws = Draws(self.seed, step, sequence_slice(batch.token_index_BS, self.mesh).flatten())
-            train = TrainRouting(draws, routed, self.previous_f_LE, self.mesh.group("tokens"))
-            output = self._forward(batch, train)
-            assert output.loss_sum is not None
-            (output.loss_sum / max(1, labelled)).backward()
-            sums.append(_pack(output, self._reports_loss))
+            inputs.append((batch, TrainRouting(draws, routed, self.previous_f_LE, self.mesh.group("tokens"))))
+        sums = self._forward_backward(inputs, max(1, labelled))
         norm = gradient_norm(self.parameters, self.mesh.size("pp"))
         if not torch.isfinite(norm):
             raise FloatingPointError(f"step {step + 1}: the gradient norm is {norm.item()}; the weights were not changed")
@@ -152,7 +157,24 @@ class NativeEngine:
             group["lr"] = lr
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return self._result(torch.stack(sums).sum(0), routed, labelled, norm)
+        return self._result(sums, routed, labelled, norm)
+
+    def _forward_backward(self, inputs: list[MicroBatch], divisor: int) -> Tensor:
+        """All micro-batches forward and backward: in the order of the pipeline's schedule, or one after the other.
+
+        Returns:
+            This rank's part of the loss and the statistics, see `_pack`.
+        """
+        if self.pipeline is not None:
+            return torch.stack([self._pack(output) for output in self.pipeline.train(inputs, divisor)]).sum(0)
+        sums: list[Tensor] = []
+        for index, micro_batch in enumerate(inputs):
+            prepare_backward(self.model, self.config.zero, index == len(inputs) - 1)
+            output = run_part(self.model, micro_batch)
+            assert output.loss_sum is not None
+            (output.loss_sum / divisor).backward()
+            sums.append(self._pack(output))
+        return torch.stack(sums).sum(0)
 
     @torch.no_grad()
     def evaluate(self, batches: list[Batch]) -> float:
@@ -161,16 +183,23 @@ class NativeEngine:
         Every rank must bring the same number of batches: sharded parameters are gathered by all ranks together.
         """
         total = torch.zeros(2, dtype=torch.float64, device=self.device)
-        for batch in (slice_batch(host.to(self.device), self.mesh) for host in batches):
-            output = self._forward(batch, None)
-            assert output.loss_sum is not None
+        on_device = [slice_batch(batch.to(self.device), self.mesh) for batch in batches]
+        for batch, loss_sum in zip(on_device, self._losses(on_device), strict=False):  # none but on the last stage
             if self._reports_loss:
-                total += torch.stack([output.loss_sum.double(), (batch.labels_BS != IGNORED_LABEL).sum().double()])
+                total += torch.stack([loss_sum.double(), (batch.labels_BS != IGNORED_LABEL).sum().double()])
+        _free_gathered(self.model)
         dist.all_reduce(total)
         return (total[0] / total[1].clamp_min(1)).item()
 
-    def _forward(self, batch: Batch, train: TrainRouting | None) -> Output:
-        return self.model(batch.tokens_BS, batch.labels_BS, batch.positions_BS, batch.documents_BS, train)
+    def _losses(self, batches: list[Batch]) -> Iterator[Tensor]:
+        """Summed cross entropy of each batch; of none on a rank that does not hold the head."""
+        if self.pipeline is not None:
+            yield from self.pipeline.evaluate(batches)
+            return
+        for batch in batches:
+            output = run_part(self.model, (batch, None))
+            assert output.loss_sum is not None
+            yield output.loss_sum
 
     def _global_tokens(self, batches: list[Batch]) -> tuple[int, int]:
         """Tokens, and tokens with a label, of the global batch."""
@@ -193,10 +222,20 @@ class NativeEngine:
             etp=mesh.size("etp"),
         )
 
+    def _pack(self, output: Output) -> Tensor:
+        """Loss and statistics of a micro-batch as one fp64 vector: one all-reduce a step. Counts stay exact below 2^53."""
+        loss = torch.zeros((), device=self.device)
+        if output.loss_sum is not None and self._reports_loss:
+            loss = output.loss_sum.detach()
+        parts = [loss.reshape(1)]
+        if output.stats is not None:
+            parts += [output.stats.counts_LE.flatten(), output.stats.prob_sum_LE.flatten(), output.stats.z_sum_L]
+        return torch.cat([part.double() for part in parts])
+
     def _result(self, sums: Tensor, routed: int, labelled: int, norm: Tensor) -> StepResult:
         dist.all_reduce(sums)
         loss = sums[0].item() / max(1, labelled)
-        if not self.model.config.is_moe:
+        if not self.is_moe:
             return StepResult(loss, 0.0, 0.0, norm.item(), None)
         stats = _unpack(sums[1:], self.previous_f_LE.shape)
         f_LE = load_fraction(stats.counts_LE, torch.float64)
@@ -206,13 +245,14 @@ class NativeEngine:
         return StepResult(loss, balance, z, norm.item(), stats.counts_LE.cpu())
 
 
-def _pack(output: Output, with_loss: bool) -> Tensor:
-    """Loss and statistics of a micro-batch as one fp64 vector: one all-reduce a step. Counts stay exact below 2^53."""
-    assert output.loss_sum is not None
-    parts = [output.loss_sum.detach().reshape(1) * with_loss]
-    if output.stats is not None:
-        parts += [output.stats.counts_LE.flatten(), output.stats.prob_sum_LE.flatten(), output.stats.z_sum_L]
-    return torch.cat([part.double() for part in parts])
+def _free_gathered(model: nn.Module) -> None:
+    """Put the sharded parameters back: those of the last forward pass would stay registered until the next backward pass.
+
+    Under their names a checkpoint would find parameters that the optimizer does not know.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def _unpack(vector: Tensor, shape: torch.Size) -> LayerStats:

@@ -2,7 +2,7 @@
 
 Plain single-device modules: sharding is applied from outside, by megagrin/parallel/plan.py.
 
-Shape suffixes: B sequences, S positions, T = B·S tokens, D model width, V vocabulary, L layers, E experts.
+Shape suffixes: B sequences, S positions, T = B·S tokens, D model width, V vocabulary, L layers of the whole model, E experts.
 """
 
 from dataclasses import dataclass
@@ -153,8 +153,23 @@ class LMHead(nn.Module):
 
 
 @dataclass(frozen=True)
+class Part:
+    """A consecutive part of the model; the parts of a pipeline, one after the other, are the whole.
+
+    Attributes:
+        layers: numbers of its blocks, counted over the whole model; may be empty at either end.
+        embed: begins with the embedding.
+        head: ends with the final norm and the language-model head.
+    """
+
+    layers: range
+    embed: bool = True
+    head: bool = True
+
+
+@dataclass(frozen=True)
 class LayerStats:
-    """Router statistics of all layers, summed over this micro-batch's tokens; see `RouterStats`."""
+    """Router statistics of all layers, summed over this micro-batch's tokens; see `RouterStats`. Zero for layers not held."""
 
     counts_LE: Tensor
     prob_sum_LE: Tensor
@@ -166,27 +181,43 @@ class Output:
     """What a forward pass returns.
 
     Attributes:
-        loss_sum: cross entropy in nats, summed over labelled tokens; None without labels.
-        logits_BSV: None with labels.
+        loss_sum: cross entropy in nats, summed over labelled tokens; None without labels, or without the head.
+        logits_BSV: None with labels, or without the head.
         stats: None in a dense model.
+        hidden_BSD: what the next part goes on from; None with the head.
     """
 
     loss_sum: Tensor | None
     logits_BSV: Tensor | None
     stats: LayerStats | None
+    hidden_BSD: Tensor | None = None
 
 
 class Transformer(nn.Module):
-    """Decoder-only language model; parameters are left uninitialised, see `megagrin.models.init`."""
+    """Decoder-only language model or a part of it; parameters are left uninitialised, see `megagrin.models.init`.
 
-    def __init__(self, config: ModelConfig, router: RouterConfig | None = None, balance: BalanceConfig | None = None) -> None:
+    A part's parameters have the names that they have in the whole model.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        router: RouterConfig | None = None,
+        balance: BalanceConfig | None = None,
+        part: Part | None = None,
+    ) -> None:
         super().__init__()
         self.config = config
+        self.part = part or Part(range(config.n_layers))
         router, balance = router or RouterConfig(), balance or BalanceConfig()
-        self.embed = nn.Embedding(config.vocab_size, config.d_model)
-        self.layers = nn.ModuleList(Block(config, router, balance, layer) for layer in range(config.n_layers))
-        self.final_norm = nn.LayerNorm(config.d_model, config.norm_eps)
-        self.lm_head = LMHead(config.d_model, config.vocab_size, config.lm_head_bias)
+        if self.part.embed:
+            self.embed = nn.Embedding(config.vocab_size, config.d_model)
+        self.layers = nn.ModuleList()
+        for layer in self.part.layers:  # not the list's own counting, which would begin at 0 in every part
+            self.layers.add_module(str(layer), Block(config, router, balance, layer))
+        if self.part.head:
+            self.final_norm = nn.LayerNorm(config.d_model, config.norm_eps)
+            self.lm_head = LMHead(config.d_model, config.vocab_size, config.lm_head_bias)
         self.attention_mask = SequenceMask(config.window, SdpaCore())
 
     def forward(
@@ -198,6 +229,7 @@ class Transformer(nn.Module):
         train: TrainRouting | None = None,
         cache: KVCache | None = None,
         last_only: bool = False,
+        hidden_BSD: Tensor | None = None,
     ) -> Output:
         """Run the model.
 
@@ -209,12 +241,13 @@ class Transformer(nn.Module):
             train: routing inputs of a training step; None routes deterministically.
             cache: keys and values of earlier positions, extended in place.
             last_only: logits of the last position only.
+            hidden_BSD: output of the part before, in place of the embedding.
         """
         past = 0 if cache is None else cache.length
         seq = tokens_BS.shape[1]
         if positions_BS is None:
             positions_BS = torch.arange(past, past + seq, device=tokens_BS.device).unsqueeze(0)
-        x_BSD = self.embed(tokens_BS)
+        x_BSD = self.embed(tokens_BS) if hidden_BSD is None else hidden_BSD
         wide = torch.promote_types(x_BSD.dtype, torch.float32)
         rope = rope_table(positions_BS, self.config.head_dim, self.config.rope_theta, wide)
         mask = self.attention_mask(seq, past, documents_BS, tokens_BS.device)
@@ -223,15 +256,23 @@ class Transformer(nn.Module):
             x_BSD, layer_stats = block(x_BSD, rope, mask, train, cache)
             if layer_stats is not None:
                 stats.append(layer_stats)
+        all_stats = self._layer_stats(stats, x_BSD) if self.config.is_moe else None
+        if not self.part.head:
+            return Output(None, None, all_stats, x_BSD)
         x_BSD = self.final_norm(x_BSD[:, -1:] if last_only else x_BSD)
         out = self.lm_head(x_BSD, labels_BS)
         loss, logits = (None, out) if labels_BS is None else (out, None)
-        return Output(loss, logits, _stack(stats) if stats else None)
+        return Output(loss, logits, all_stats)
 
-
-def _stack(stats: list[RouterStats]) -> LayerStats:
-    return LayerStats(
-        torch.stack([layer.counts_E for layer in stats]),
-        torch.stack([layer.prob_sum_E for layer in stats]),
-        torch.stack([layer.z_sum for layer in stats]),
-    )
+    def _layer_stats(self, stats: list[RouterStats], x_BSD: Tensor) -> LayerStats:
+        """Statistics in the rows of their layers."""
+        config, held = self.config, slice(self.part.layers.start, self.part.layers.stop)
+        wide = torch.promote_types(x_BSD.dtype, torch.float32)
+        counts_LE = torch.zeros(config.n_layers, config.n_experts, dtype=torch.int64, device=x_BSD.device)
+        prob_sum_LE = torch.zeros(counts_LE.shape, dtype=wide, device=x_BSD.device)
+        z_sum_L = torch.zeros(config.n_layers, dtype=wide, device=x_BSD.device)
+        if stats:
+            counts_LE[held] = torch.stack([layer.counts_E for layer in stats])
+            prob_sum_LE[held] = torch.stack([layer.prob_sum_E for layer in stats])
+            z_sum_L[held] = torch.stack([layer.z_sum for layer in stats])
+        return LayerStats(counts_LE, prob_sum_LE, z_sum_L)

@@ -30,6 +30,11 @@ class ParallelConfig:
             (hybrid sharding); 1 shards over all data-parallel ranks.
         cp_method: how attention reaches over the cp ranks: all_gather brings all keys and values to each of them; ulysses swaps
             sequence for heads, of which each then holds 1/cp (docs/parallelism.md compares their costs).
+        pp_schedule: order of the micro-batches in a pipeline: 1f1b; interleaved_1f1b, with several stages a rank; zero_bubble,
+            which computes weight gradients apart from the others and fills waiting time with them.
+        pp_stages_per_rank: stages that each pipeline rank holds: stage s is on rank s mod pp.
+        pp_split: layers of each stage, in order; none splits by counted FLOPs. The first stage also holds the embedding, the last
+            one the head, and these two may have no layer at all.
     """
 
     tp: int = 1
@@ -40,6 +45,14 @@ class ParallelConfig:
     ep_chunks: int = 1
     dp_replicate: int = 1
     cp_method: Literal["all_gather", "ulysses"] = "all_gather"
+    pp_schedule: Literal["1f1b", "interleaved_1f1b", "zero_bubble"] = "1f1b"
+    pp_stages_per_rank: int = 1
+    pp_split: tuple[int, ...] | None = None
+
+    @property
+    def pp_stages(self) -> int:
+        """Pipeline stages over all ranks."""
+        return self.pp * self.pp_stages_per_rank
 
     def data_parallel_size(self, world_size: int) -> int:
         """Ranks that see different sequences; 0 where the degrees do not fit the number of ranks."""
@@ -82,6 +95,47 @@ class ParallelConfig:
             ):
                 if size % self.dp_replicate:
                     broken.append(f"parallel.dp_replicate: {self.dp_replicate} must divide the {what} ({size})")
+        return broken
+
+    def pipeline_violations(self, n_layers: int, micro_batches: int) -> list[str]:
+        """Every broken rule about the pipeline, for a number of micro-batches that each rank has in an optimizer step."""
+        a_rank, schedule = self.pp_stages_per_rank, self.pp_schedule
+        if self.pp == 1:
+            fields = (("pp_stages_per_rank", a_rank > 1), ("pp_split", self.pp_split is not None))
+            return [f"parallel.{name}: {getattr(self, name)} needs parallel.pp above 1" for name, given in fields if given]
+        broken = []
+        if schedule == "1f1b" and a_rank > 1:
+            broken.append(f"parallel.pp_stages_per_rank: {a_rank} must be 1 with parallel.pp_schedule 1f1b")
+        if schedule == "interleaved_1f1b" and a_rank < 2:
+            broken.append(f"parallel.pp_stages_per_rank: {a_rank} must be at least 2 with parallel.pp_schedule {schedule}")
+        broken += self._split_violations(n_layers)
+        counted = "micro-batches a rank (train.global_batch_size / data-parallel ranks / train.micro_batch_size)"
+        rounds = max(1, micro_batches // self.pp)
+        if schedule == "1f1b" and micro_batches < self.pp:
+            broken.append(f"parallel.pp: {self.pp} with parallel.pp_schedule 1f1b must not exceed the {micro_batches} {counted}")
+        elif schedule != "1f1b" and micro_batches % rounds:
+            broken.append(
+                f"parallel.pp: {self.pp} with parallel.pp_schedule {schedule} takes the {micro_batches} {counted} "
+                f"in rounds of pp or a little more: their number must be a multiple of the rounds ({rounds})"
+            )
+        return broken
+
+    def _split_violations(self, n_layers: int) -> list[str]:
+        if self.pp_split is None:
+            if self.pp_stages <= n_layers + 2:
+                return []
+            return [
+                f"parallel.pp: {self.pp} × parallel.pp_stages_per_rank {self.pp_stages_per_rank} must not exceed "
+                f"model.n_layers + 2 ({n_layers + 2}: embedding and head may be stages of their own)"
+            ]
+        name = f"parallel.pp_split: {list(self.pp_split)}"
+        broken = []
+        if len(self.pp_split) != self.pp_stages:
+            broken.append(f"{name} must have a number for each of the {self.pp_stages} stages (pp × pp_stages_per_rank)")
+        if sum(self.pp_split) != n_layers:
+            broken.append(f"{name} must add up to model.n_layers ({n_layers})")
+        if min(self.pp_split, default=0) < 0 or 0 in self.pp_split[1:-1]:
+            broken.append(f"{name} must be positive; only the first and the last stage may be without layers")
         return broken
 
 
