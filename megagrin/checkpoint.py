@@ -245,14 +245,14 @@ def prune(run_dir: Path, keep: int) -> None:
 
 
 def gather(model: nn.Module, stages: dist.ProcessGroup | None = None) -> dict[str, Tensor]:
-    """Full parameters on every rank's CPU, for tests and small models only.
+    """Copies of the full parameters on every rank's CPU, for tests and small models only.
 
     Args:
         model: this rank's parameters.
         stages: the pipeline axis, over which the parameters of the other stages are collected.
     """
     held = {
-        name: (parameter.full_tensor() if isinstance(parameter, DTensor) else parameter).detach().cpu()
+        name: (parameter.full_tensor() if isinstance(parameter, DTensor) else parameter).detach().cpu().clone()
         for name, parameter in model.named_parameters()
     }
     if stages is None or dist.get_world_size(stages) == 1:

@@ -20,6 +20,7 @@ from megagrin.moe.balance import BalanceConfig
 from megagrin.moe.router import RouterConfig
 from megagrin.optim import OptimConfig
 from megagrin.parallel.mesh import ParallelConfig, build_mesh
+from megagrin.parallel.pipeline import bubble_over_work, describe_parts, stage_parts
 from megagrin.runtime import Runtime, RuntimeConfig
 
 DESCRIPTION = f"""Train a model. Start more than one process with torchrun (see launch/).
@@ -109,6 +110,10 @@ class RunConfig:
             broken.append(
                 f"train.global_batch_size: {train.global_batch_size} must be a multiple of "
                 f"data-parallel ranks × train.micro_batch_size ({dp} × {train.micro_batch_size})"
+            )
+        elif positive and self.parallel.pp >= 1:
+            broken += self.parallel.pipeline_violations(
+                self.model.n_layers, train.global_batch_size // (dp * train.micro_batch_size)
             )
         broken += self._sequence_violations() + self._cut_violations(world_size)
         if train.seq_len > self.model.max_positions:
@@ -302,5 +307,14 @@ def describe(run: RunConfig, world_size: int) -> str:
             f"batch    {tokens:,} tokens: {train.global_batch_size} sequences of {train.seq_len}, "
             f"{accumulation} micro-batches a rank",
             f"length   {train.steps:,} steps, {train.steps * tokens:,} tokens",
+            *_describe_pipeline(run, accumulation),
         ]
     )
+
+
+def _describe_pipeline(run: RunConfig, micro_batches: int) -> list[str]:
+    if run.parallel.pp == 1:
+        return []
+    stages = describe_parts(stage_parts(run.model, run.parallel))
+    bubble = bubble_over_work(run.parallel, micro_batches)
+    return [f"pipeline {run.parallel.pp_schedule}: {stages}; waiting {bubble:.0%} of the working time"]

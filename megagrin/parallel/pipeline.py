@@ -95,7 +95,7 @@ def _least_squares_split(before: list[float], parts: int, limit: float) -> list[
 def stage_parts(model: ModelConfig, config: ParallelConfig) -> list[Part]:
     """The parts of the model, one for each stage.
 
-    Without `pp_split`, stages are balanced by forward FLOPs per token at the longest sequence; looking up the embedding costs none.
+    Without `pp_split`, stages are balanced by forward FLOPs per token at the longest sequence; the embedding costs none.
     """
     stages = config.pp_stages
     if stages == 1:
