@@ -125,7 +125,7 @@ def test_hadolint_finds_nothing():
 def test_ci_runs_the_make_targets_and_pre_commit_runs_the_same_tools():
     script = (ROOT / ".ci/run").read_text()
     targets = re.findall(r"^stage .* make(?: \S+=\S+)* (\S+)$", script, re.MULTILINE)
-    assert targets == ["setup", "test", "lint", "types", "test-slow", "quickstart", "control"]
+    assert targets == ["setup", "test", "lint", "types", "hooks", "test-slow", "quickstart", "control"]
     makefile = (ROOT / "Makefile").read_text()
     for target in targets:
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target

@@ -293,5 +293,5 @@ class Pipeline:
         options: dict[str, Any] = {"loss_fn": lambda loss, _: loss, "scale_grads": False}
         if self.config.pp_schedule == "1f1b":
             return Schedule1F1B(stages[0], micro_batches, **options)
-        interleaved = self.config.pp_schedule == "interleaved_1f1b"
-        return (ScheduleInterleaved1F1B if interleaved else ScheduleInterleavedZeroBubble)(stages, micro_batches, **options)
+        several: Any = {"interleaved_1f1b": ScheduleInterleaved1F1B, "zero_bubble": ScheduleInterleavedZeroBubble}
+        return several[self.config.pp_schedule](stages, micro_batches, **options)
