@@ -32,10 +32,12 @@ def dot(a, b, acc):
     """acc + a·b in fp32; fp32 operands are not rounded to TF32."""
     if INTERPRET:
         # The interpreter keeps bf16 as uint16 and multiplies the bit patterns (Triton 3.6 to 3.9).
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc)
-    if a.dtype == tl.float32:
-        return tl.dot(a, b, acc, input_precision="ieee")
-    return tl.dot(a, b, acc)
+        acc = tl.dot(a.to(tl.float32), b.to(tl.float32), acc)
+    elif a.dtype == tl.float32:
+        acc = tl.dot(a, b, acc, input_precision="ieee")
+    else:
+        acc = tl.dot(a, b, acc)
+    return acc
 
 
 @triton.jit
@@ -45,8 +47,10 @@ def narrow(x, dtype: tl.constexpr):
         # The interpreter's own cast truncates. NaN keeps its bits: the carry could turn it into a number.
         bits = x.to(tl.uint32, bitcast=True)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
-        return tl.where(x == x, rounded.to(tl.float32, bitcast=True), x).to(tl.bfloat16)
-    return x.to(dtype)
+        y = tl.where(x == x, rounded.to(tl.float32, bitcast=True), x).to(tl.bfloat16)
+    else:
+        y = x.to(dtype)
+    return y
 
 
 @triton.jit
