@@ -179,7 +179,7 @@ def megablocks_gemm(gate_up: Tensor, down: Tensor, x_TD: Tensor, inputs: Inputs)
 
 
 def triton_kernels(gate_up: Tensor, down: Tensor, x_TD: Tensor, inputs: Inputs) -> Tensor:
-    """Triton's own matmul_ogs; forward only. Its gates are a softmax over the chosen logits: log(weight) gives the weights back."""
+    """Triton's own matmul_ogs; forward only. Its gates are a softmax of the chosen logits: logs of weights return as weights."""
     from triton_kernels.matmul_ogs import PrecisionConfig, matmul_ogs
     from triton_kernels.routing import routing
 

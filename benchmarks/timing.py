@@ -1,4 +1,4 @@
-"""Interleaved timing: every contestant once per round, in an order that turns, so that clocks, heat and neighbours meet all alike.
+"""Interleaved timing: every contestant once per round, in an order that turns: clocks, heat and neighbours meet all alike.
 
 A power-bound GPU slows down under sustained load; a pause before each measurement lets it recover for everyone.
 """
