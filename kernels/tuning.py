@@ -280,7 +280,10 @@ def find_table(gpu: str, triton: str) -> Table | None:
 
 @functools.cache
 def _table(device: torch.device) -> Table | None:
-    return find_table(torch.cuda.get_device_name(device), triton_version())
+    gpu = torch.cuda.get_device_name(device)
+    if _in_use is not None and (_in_use.gpu, _in_use.triton) == (gpu, triton_version()):
+        return _in_use
+    return find_table(gpu, triton_version())
 
 
 @functools.cache
@@ -305,6 +308,17 @@ def forced(op: Op, blocks: BlockConfig) -> Iterator[None]:
             del _forced[op]
         else:
             _forced[op] = previous
+
+
+_in_use: Table | None = None
+
+
+def use(table: Table | None) -> None:
+    """Take this table from now on where its GPU and Triton are met, not the file; None goes back to the file."""
+    global _in_use
+    _in_use = table
+    _table.cache_clear()
+    _lookup.cache_clear()
 
 
 def config(op: Op, dtype: torch.dtype, n: int, k: int, rows_per_expert: int, device: torch.device) -> BlockConfig:

@@ -11,6 +11,7 @@ COMMANDS = {
     "generate": ("megagrin.generate", "main", "continue a prompt with a trained model"),
     "export-hf": ("megagrin.hf", "main_export", "write a checkpoint as a Hugging Face PhimoeForCausalLM folder"),
     "import-hf": ("megagrin.hf", "main_import", "read a Hugging Face PhimoeForCausalLM folder into a checkpoint"),
+    "kernels": ("megagrin.kernel_tuning", "main", "measure kernel block sizes on this GPU"),
     "plot": ("megagrin.plot", "main", "draw loss curve and expert load of a run"),
 }
 EXIT_USAGE = 2

@@ -41,6 +41,7 @@ FLOORS = {
     "megagrin.parallel.pipeline": 4,
     "megagrin.parallel.plan": 4,
     "megagrin.checkpoint": 4,
+    "megagrin.kernel_tuning": 4,
     "megagrin.hf_mapping": 4,
     "megagrin.hf_tokenizer": 4,
     "megagrin.engines": 5,

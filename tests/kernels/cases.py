@@ -1,0 +1,161 @@
+"""What is compiled offline: every kernel with every choice of blocks that the fallback, the candidates of tuning and the
+tables of the repository can give it.
+
+A module of kernels either offers `compile_cases(dtype, blocks) -> {name: Launch}` or has an entry in `_BUILDERS`.
+"""
+
+import ast
+import dataclasses
+import functools
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megagrin.kernel_tuning import CANDIDATES
+from megagrin.kernels import tuning
+from megagrin.kernels.tuning import OPS, BlockConfig, Op
+
+ARCHS = (80, 90, 100)
+KERNELS = Path(tuning.__file__).parent
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def triton_files() -> list[Path]:
+    """The files that hold Triton kernels."""
+    return sorted(KERNELS.glob("*_triton.py"))
+
+
+@functools.cache
+def _jit_functions() -> dict[str, tuple[str, ast.FunctionDef]]:
+    """Name to (module, definition) of every @triton.jit function."""
+    found = {}
+    for path in triton_files():
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.FunctionDef) and any("triton.jit" in ast.unparse(mark) for mark in node.decorator_list):
+                found[node.name] = (path.stem, node)
+    return found
+
+
+def entry_kernels() -> set[str]:
+    """Kernels that are launched: @triton.jit functions that no other one calls."""
+    functions = _jit_functions()
+    called = {
+        call.func.id
+        for name, (_, function) in functions.items()
+        for call in ast.walk(function)
+        if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id != name
+    }
+    return set(functions) - called
+
+
+@dataclass(frozen=True)
+class Case:
+    """One compilation, small enough to travel to another process."""
+
+    module: str
+    launch: str
+    arch: int
+    dtype: str = "bf16"
+    op: Op | None = None
+    blocks: BlockConfig | None = None
+
+    def __str__(self) -> str:
+        changed = "" if self.blocks is None else " " + ",".join(map(str, dataclasses.astuple(self.blocks)))
+        return f"{self.module}.{self.launch} {self.dtype} sm_{self.arch}{changed}"
+
+    def run(self) -> None:
+        """Launch (inside `aot.compiling`)."""
+        module = importlib.import_module(f"megagrin.kernels.{self.module}")
+        if self.module in _BUILDERS:
+            _BUILDERS[self.module]()[self.launch](module, _DTYPES[self.dtype])
+            return
+        dtype = _DTYPES[self.dtype]
+        blocks: dict[Op, BlockConfig] = {op: tuning.fallback(op, dtype, self.arch // 10) for op in OPS}
+        if self.op is not None and self.blocks is not None:
+            blocks[self.op] = self.blocks
+        module.compile_cases(dtype, blocks)[self.launch].run()
+
+
+# Which op's blocks a launch of `compile_cases` takes.
+def _op_of(launch: str) -> Op | None:
+    if launch == "wgrad_accumulate":
+        return "wgrad_fp32"
+    return max((op for op in OPS if launch.startswith(op)), key=len, default=None)
+
+
+def _alternatives(arch: int) -> dict[Op, set[BlockConfig]]:
+    """Blocks beside the fallback that an architecture's table can hold; group_m changes no resource and is left out."""
+    found: dict[Op, set[BlockConfig]] = {op: set() for op in OPS}
+    for op, listed in CANDIDATES.get(arch // 10, {}).items():
+        found[op] |= {dataclasses.replace(blocks, group_m=8) for blocks in listed}
+    for path in (KERNELS / "tuned").glob("*.json"):
+        table = tuning.read_table(path)
+        if table.gpu in _TABLE_ARCH and _TABLE_ARCH[table.gpu] == arch:
+            for key, blocks in table.blocks.items():
+                found[key.op].add(dataclasses.replace(blocks, group_m=8))
+    return {op: listed - {tuning.fallback(op, torch.bfloat16, arch // 10)} for op, listed in found.items()}
+
+
+_TABLE_ARCH = {
+    **dict.fromkeys(("NVIDIA A100-SXM4-80GB", "NVIDIA A100-SXM4-40GB", "NVIDIA A100 80GB PCIe"), 80),
+    **dict.fromkeys(("NVIDIA H100 80GB HBM3", "NVIDIA H100 PCIe", "NVIDIA H200", "NVIDIA GH200 480GB"), 90),
+    **dict.fromkeys(("NVIDIA B200", "NVIDIA GB200"), 100),
+}
+
+
+def _block_cases(module: str, launches: list[str]) -> list[Case]:
+    cases = []
+    for launch in launches:
+        op = _op_of(launch)
+        for arch in ARCHS:
+            dtypes = ("bf16", "fp16", "fp32") if arch == 90 else ("bf16", "fp32")  # fp16 compiles as bf16 does
+            cases += [Case(module, launch, arch, dtype) for dtype in dtypes]
+            others = _alternatives(arch)[op] if op is not None else set()
+            cases += [Case(module, launch, arch, "bf16", op, blocks) for blocks in sorted(others, key=dataclasses.astuple)]
+    return cases
+
+
+def _sparsemixer() -> dict[str, Callable[[Any, torch.dtype], None]]:
+    def forward(experts: int, top_k: int, draw: bool, paper: bool) -> Callable[[Any, torch.dtype], None]:
+        def launch(module: Any, dtype: torch.dtype) -> None:
+            z_TE, token_T = torch.empty(4096, experts), torch.empty(4096, dtype=torch.int64)
+            estimator = (1.0, 1 << 30, 1.0)
+            module.forward(z_TE, token_T if draw else None, top_k, (0, 1, 2), 0.02, paper, estimator)
+
+        return launch
+
+    def backward(experts: int, top_k: int) -> Callable[[Any, torch.dtype], None]:
+        def launch(module: Any, dtype: torch.dtype) -> None:
+            z_TE, expert_TK = torch.empty(4096, experts), torch.empty(4096, top_k, dtype=torch.int64)
+            d_weight_TK = torch.empty(4096, top_k)
+            module.backward(z_TE, expert_TK, d_weight_TK, torch.empty(experts), torch.empty(()), 0.02, False, 1.0, 1.0)
+
+        return launch
+
+    return {
+        **{f"forward_{e}_{k}": forward(e, k, True, False) for e, k in ((16, 2), (128, 8), (3, 1))},
+        "forward_inference": forward(16, 2, False, False),
+        "forward_paper_mask": forward(16, 2, True, True),
+        **{f"backward_{e}_{k}": backward(e, k) for e, k in ((16, 2), (128, 8))},
+    }
+
+
+_BUILDERS: dict[str, Callable[[], dict[str, Callable[[Any, torch.dtype], None]]]] = {"sparsemixer_triton": _sparsemixer}
+
+
+def all_cases() -> list[Case]:
+    """Everything, the slow ones first, so that the last worker does not begin one when the others are done."""
+    cases: list[Case] = []
+    for path in triton_files():
+        if path.stem in _BUILDERS:
+            cases += [Case(path.stem, launch, arch, "fp32") for launch in _BUILDERS[path.stem]() for arch in ARCHS]
+            continue
+        module = importlib.import_module(f"megagrin.kernels.{path.stem}")
+        if hasattr(module, "compile_cases"):
+            blocks = {op: tuning.fallback(op, torch.bfloat16, 9) for op in OPS}
+            cases += _block_cases(path.stem, list(module.compile_cases(torch.bfloat16, blocks)))
+    return sorted(cases, key=lambda case: ("dgrad" not in case.launch and "swiglu" not in case.launch, -case.arch))
