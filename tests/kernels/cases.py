@@ -1,13 +1,14 @@
 """What is compiled offline: every kernel with every choice of blocks that the fallback, the candidates of tuning and the
 tables of the repository can give it.
 
-A module of kernels either offers `compile_cases(dtype, blocks) -> {name: Launch}` or has an entry in `_BUILDERS`.
+A module of kernels either offers `compile_cases(dtype[, blocks]) -> {name: Launch}` or has an entry in `_BUILDERS`.
 """
 
 import ast
 import dataclasses
 import functools
 import importlib
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +16,9 @@ from typing import Any
 
 import torch
 
-from megagrin.kernel_tuning import CANDIDATES
 from megagrin.kernels import tuning
 from megagrin.kernels.tuning import OPS, BlockConfig, Op
+from megagrin.kernels.tuning_candidates import CANDIDATES
 
 ARCHS = (80, 90, 100)
 KERNELS = Path(tuning.__file__).parent
@@ -77,7 +78,12 @@ class Case:
         blocks: dict[Op, BlockConfig] = {op: tuning.fallback(op, dtype, self.arch // 10) for op in OPS}
         if self.op is not None and self.blocks is not None:
             blocks[self.op] = self.blocks
-        module.compile_cases(dtype, blocks)[self.launch].run()
+        _launches(module, dtype, blocks)[self.launch].run()
+
+
+def _launches(module: Any, dtype: torch.dtype, blocks: dict[Op, BlockConfig]) -> dict[str, Any]:
+    takes_blocks = "blocks" in inspect.signature(module.compile_cases).parameters
+    return module.compile_cases(dtype, blocks) if takes_blocks else module.compile_cases(dtype)
 
 
 # Which op's blocks a launch of `compile_cases` takes.
@@ -157,5 +163,5 @@ def all_cases() -> list[Case]:
         module = importlib.import_module(f"megagrin.kernels.{path.stem}")
         if hasattr(module, "compile_cases"):
             blocks = {op: tuning.fallback(op, torch.bfloat16, 9) for op in OPS}
-            cases += _block_cases(path.stem, list(module.compile_cases(torch.bfloat16, blocks)))
+            cases += _block_cases(path.stem, list(_launches(module, torch.bfloat16, blocks)))
     return sorted(cases, key=lambda case: ("dgrad" not in case.launch and "swiglu" not in case.launch, -case.arch))
