@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help setup quickstart control test test-slow test-all lint hooks format types bench clean
+.PHONY: help setup quickstart control test test-slow test-all lint hooks format types gpu bench clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -48,6 +48,9 @@ format: setup  ## rewrite files in the project's format
 
 types: setup  ## mypy
 	@$(BIN)/mypy
+
+gpu:  ## everything that needs a GPU, under 9 minutes, into OUT (default runs/gpu); takes PYTHON as it is and installs nothing
+	@launch/gpu.sh
 
 bench: setup  ## CPU benchmark against transformers
 	@$(BIN)/python benchmarks/cpu_vs_transformers.py

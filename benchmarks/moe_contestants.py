@@ -106,7 +106,7 @@ def ours(gate_up: Tensor, down: Tensor, x_TD: Tensor, inputs: Inputs) -> Tensor:
     """The layer as megagrin's MoELayer runs it, after its router."""
     dispatch = LocalDispatch(gate_up.shape[0])
     sent = dispatch.dispatch(x_TD, Routing(inputs.expert_TK, inputs.weight_TK, None))
-    y_RD = expert_mlp(sent.x_RD, gate_up, down, sent.weight_R, sent.counts_L, sent.backward_weight_R)
+    y_RD = expert_mlp(sent.x, gate_up, down, sent.weight_R, sent.counts_L, sent.backward_weight_R, sent.plan)
     return dispatch.combine(y_RD, sent)
 
 

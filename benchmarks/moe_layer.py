@@ -28,6 +28,7 @@ from timing import interleaved, peak_bytes
 from torch import Tensor
 
 from megagrin.kernels.grouped_gemm import k_grouped_wgrad, m_grouped, m_grouped_dgrad
+from megagrin.kernels.permute import permute, sort_by_expert
 from megagrin.moe.dispatch import LocalDispatch
 from megagrin.moe.router import Draws, Router, RouterConfig, Routing
 
@@ -100,9 +101,12 @@ def overheads(problem: Problem) -> dict[str, Callable[[int], object]]:
     x_TD = inputs.x_TD.detach()
     sent = dispatch.dispatch(x_TD, routing)
     y_RD = torch.randn(shape.rows, shape.d_model, device=device, dtype=x_TD.dtype)
+    plan = sort_by_expert(inputs.expert_TK, shape.n_experts)
     return {
         "router": lambda step: router(x_TD, Draws(0, step, token_T)),
         "dispatch": lambda _: dispatch.dispatch(x_TD, routing),
+        # The rows' copy is made inside the expert MLP.
+        "gather": lambda _: permute(x_TD, plan),
         "combine": lambda _: dispatch.combine(y_RD, sent),
     }
 

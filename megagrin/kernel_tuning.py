@@ -258,9 +258,9 @@ def _layers(options: argparse.Namespace) -> list[LayerShape]:
     if options.shape:
         layers = []
         for text in options.shape:
-            numbers = text.split(",")
+            numbers = text.split("x")
             if len(numbers) != 5 or not all(number.isdigit() and int(number) > 0 for number in numbers):
-                raise ValueError(f"--shape: {text!r} must be tokens,d_model,d_ff,n_experts,top_k, all positive")
+                raise ValueError(f"--shape: {text!r} must be TOKENSxD_MODELxD_FFxEXPERTSxTOP_K, all positive")
             layers.append(LayerShape(*map(int, numbers)))
         return layers
     if options.preset not in PRESETS or not PRESETS[options.preset].is_moe:
@@ -275,7 +275,9 @@ def _parser() -> argparse.ArgumentParser:
     tune_ = parser.add_subparsers(dest="action", required=True).add_parser("tune", help="measure on this GPU, write the table")
     tune_.add_argument("--preset", default="grin_16x3_8b", help="model whose layers to tune for")
     tune_.add_argument("--tokens", type=int, nargs="+", default=[8192, 32768], help="tokens of a micro-batch, with --preset")
-    tune_.add_argument("--shape", action="append", help="tokens,d_model,d_ff,n_experts,top_k in place of --preset; repeatable")
+    tune_.add_argument(
+        "--shape", action="append", metavar="TxDxFxExK", help="tokens, d_model, d_ff, experts, top-k in place of --preset"
+    )
     tune_.add_argument("--out", type=Path, help="folder of tables; default: MEGAGRIN_TUNED, or kernels/tuned")
     tune_.add_argument("--seconds", type=float, default=600.0, help="start no further product after this time")
     return parser

@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import importlib
 import inspect
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,32 +126,53 @@ def _block_cases(module: str, launches: list[str]) -> list[Case]:
     return cases
 
 
-def _sparsemixer() -> dict[str, Callable[[Any, torch.dtype], None]]:
-    def forward(experts: int, top_k: int, draw: bool, paper: bool) -> Callable[[Any, torch.dtype], None]:
-        def launch(module: Any, dtype: torch.dtype) -> None:
-            z_TE, token_T = torch.empty(4096, experts), torch.empty(4096, dtype=torch.int64)
-            estimator = (1.0, 1 << 30, 1.0)
-            module.forward(z_TE, token_T if draw else None, top_k, (0, 1, 2), 0.02, paper, estimator)
+_Launcher = Callable[[Any, torch.dtype], object]
 
-        return launch
 
-    def backward(experts: int, top_k: int) -> Callable[[Any, torch.dtype], None]:
-        def launch(module: Any, dtype: torch.dtype) -> None:
-            z_TE, expert_TK = torch.empty(4096, experts), torch.empty(4096, top_k, dtype=torch.int64)
-            d_weight_TK = torch.empty(4096, top_k)
-            module.backward(z_TE, expert_TK, d_weight_TK, torch.empty(experts), torch.empty(()), 0.02, False, 1.0, 1.0)
+def _sparsemixer() -> dict[str, _Launcher]:
+    def forward(experts: int, top_k: int, draw: bool, paper: bool) -> _Launcher:
+        z_TE, token_T = torch.empty(4096, experts), torch.empty(4096, dtype=torch.int64) if draw else None
+        return lambda module, _: module.forward(z_TE, token_T, top_k, (0, 1, 2), (0.02, paper), (1.0, 1 << 30, 1.0))
 
-        return launch
+    def backward(experts: int, top_k: int, paper: bool = False) -> _Launcher:
+        z_TE, expert_TK = torch.empty(4096, experts), torch.empty(4096, top_k, dtype=torch.int64)
+        arguments = (z_TE, expert_TK, torch.empty(4096, top_k), torch.empty(experts), torch.empty(()))
+        return lambda module, _: module.backward(*arguments, (0.02, paper), (1.0, 1.0))
 
     return {
         **{f"forward_{e}_{k}": forward(e, k, True, False) for e, k in ((16, 2), (128, 8), (3, 1))},
         "forward_inference": forward(16, 2, False, False),
         "forward_paper_mask": forward(16, 2, True, True),
         **{f"backward_{e}_{k}": backward(e, k) for e, k in ((16, 2), (128, 8))},
+        "backward_paper_mask": backward(16, 2, True),
     }
 
 
-_BUILDERS: dict[str, Callable[[], dict[str, Callable[[Any, torch.dtype], None]]]] = {"sparsemixer_triton": _sparsemixer}
+def _cross_entropy() -> dict[str, _Launcher]:
+    def label() -> torch.Tensor:
+        return torch.empty(64, dtype=torch.int64)
+
+    def logits(vocab: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(64, vocab, dtype=dtype)
+
+    def statistics(vocab: int) -> _Launcher:
+        return lambda module, dtype: module.statistics(logits(vocab, dtype), label(), 0)
+
+    def gradient(vocab: int) -> _Launcher:
+        return lambda module, dtype: module.gradient_(logits(vocab, dtype), label(), torch.empty(64), 0, -100)
+
+    vocabularies = (32064, 100)
+    return {
+        **{f"statistics_{vocab}": statistics(vocab) for vocab in vocabularies},
+        **{f"gradient_{vocab}": gradient(vocab) for vocab in vocabularies},
+    }
+
+
+_BUILDERS: dict[str, Callable[[], dict[str, _Launcher]]] = {
+    "sparsemixer_triton": _sparsemixer,
+    "cross_entropy_triton": _cross_entropy,
+}
+_BUILDER_DTYPES = {"sparsemixer_triton": ("fp32",), "cross_entropy_triton": ("bf16", "fp32")}
 
 
 def all_cases() -> list[Case]:
@@ -158,7 +180,8 @@ def all_cases() -> list[Case]:
     cases: list[Case] = []
     for path in triton_files():
         if path.stem in _BUILDERS:
-            cases += [Case(path.stem, launch, arch, "fp32") for launch in _BUILDERS[path.stem]() for arch in ARCHS]
+            product = itertools.product(_BUILDERS[path.stem](), ARCHS, _BUILDER_DTYPES[path.stem])
+            cases += [Case(path.stem, launch, arch, dtype) for launch, arch, dtype in product]
             continue
         module = importlib.import_module(f"megagrin.kernels.{path.stem}")
         if hasattr(module, "compile_cases"):

@@ -1,0 +1,137 @@
+"""Time, TFLOP/s and MFU of training steps at full width: a few layers of a preset on one device, learned and forced-balanced routing.
+
+A step is forward, backward, clipping and fused AdamW through the engine that `megagrin train` uses. FLOPs are the model's (see
+megagrin/flops.py), so head and embedding weigh more than in the whole model; MFU stands beside for the layers alone, too.
+
+    python benchmarks/model_step.py [--preset grin_16x3_8b] [--layers 2] [--sequences 2] [--smoke]
+"""
+
+import argparse
+import dataclasses
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from moe_report import environment
+
+from megagrin.data.loader import Batch
+from megagrin.engines.native import EngineConfig, NativeEngine
+from megagrin.flops import flops_per_token, peak_flops
+from megagrin.models.grin import PRESETS
+from megagrin.models.transformer import ModelConfig
+from megagrin.moe.balance import BalanceConfig
+from megagrin.moe.router import RouterConfig
+from megagrin.optim import OptimConfig
+from megagrin.parallel.mesh import ParallelConfig, build_mesh
+from megagrin.runtime import RuntimeConfig, session
+
+
+def batch(model: ModelConfig, sequences: int, seq_len: int, seed: int = 0) -> Batch:
+    """Zipf-like random tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = 1 / torch.arange(1, model.vocab_size + 1, dtype=torch.float32)
+    text = torch.multinomial(weights, sequences * (seq_len + 1), replacement=True, generator=generator).view(sequences, -1)
+    index = torch.arange(sequences * seq_len).view(sequences, seq_len)
+    return Batch(text[:, :-1].contiguous(), text[:, 1:].contiguous(), index % seq_len, None, index)
+
+
+def build_engine(
+    model: ModelConfig, device: torch.device, dtype: str, forced_balance: bool = False, compiled: bool = False
+) -> NativeEngine:
+    """The native engine on this one device."""
+    config = EngineConfig(dtype=dtype, zero=1, compile=compiled)  # type: ignore[arg-type]
+    router = RouterConfig(forced_balance=forced_balance)
+    mesh = build_mesh(ParallelConfig(), device.type)
+    return NativeEngine(model, router, BalanceConfig(), OptimConfig(), config, mesh, device, seed=0)
+
+
+def measure(model: ModelConfig, options: argparse.Namespace, device: torch.device, forced_balance: bool) -> dict[str, Any]:
+    """Median step time of one routing."""
+    dtype = "fp32" if options.smoke else "bf16"
+    engine = build_engine(model, device, dtype, forced_balance)
+    tokens = batch(model, options.sequences, options.seq_len)
+    seconds, loss, counts_LE = [], float("nan"), None
+    for step in range(options.warmup + options.steps):
+        start = time.perf_counter()
+        result = engine.train_step([tokens], step, 1e-4)  # reads the loss: the device is done when it returns
+        if step >= options.warmup:
+            seconds.append(time.perf_counter() - start)
+        loss, counts_LE = result.loss, result.counts_LE
+    assert counts_LE is not None
+    names = ("n_layers", "d_model", "n_heads", "n_kv_heads", "head_dim", "d_ff", "n_experts", "top_k", "vocab_size", "window")
+    per_token = flops_per_token(**{name: getattr(model, name) for name in names}, seq_len=options.seq_len)
+    n_tokens, step_s = tokens.tokens_BS.numel(), statistics.median(seconds)
+    rate = per_token * n_tokens / step_s
+    memory = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
+    return {
+        "routing": "forced balance" if forced_balance else "learned",
+        "step_ms": step_s * 1e3,
+        "tokens_per_second": n_tokens / step_s,
+        "tflops": rate / 1e12,
+        "mfu": rate / peak_flops(device, torch.float32 if options.smoke else torch.bfloat16),
+        "peak_gib": memory,
+        "largest_load": float(counts_LE.max() / counts_LE[0].sum()),
+        "loss": loss,
+    }
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """Options of the command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default="grin_16x3_8b", choices=[name for name, model in PRESETS.items() if model.is_moe])
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--sequences", type=int, default=2)
+    parser.add_argument("--seq_len", type=int, default=4096)
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--warmup", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=Path("runs/model_step"), help="folder for model_step.json")
+    parser.add_argument("--smoke", action="store_true", help="grin_tiny in fp32 on the CPU")
+    options = parser.parse_args(argv)
+    if options.smoke:
+        options.preset, options.layers, options.sequences, options.seq_len, options.steps, options.warmup = (
+            "grin_tiny",
+            1,
+            1,
+            64,
+            2,
+            1,
+        )
+    return options
+
+
+def main(argv: list[str]) -> int:
+    """Measure both routings and write them down."""
+    options = parse(argv)
+    if not options.smoke and not torch.cuda.is_available():
+        print("model_step: torch sees no CUDA device; --smoke runs on a CPU", file=sys.stderr)
+        return 2
+    model = dataclasses.replace(PRESETS[options.preset], n_layers=options.layers)
+    record: dict[str, Any] = {
+        "environment": environment(),
+        "model": dataclasses.asdict(model),
+        "tokens": options.sequences * options.seq_len,
+        "results": [],
+    }
+    options.out.mkdir(parents=True, exist_ok=True)
+    with session(RuntimeConfig(device="cpu" if options.smoke else "cuda")) as runtime:
+        for forced_balance in (False, True):
+            found = measure(model, options, runtime.device, forced_balance)
+            record["results"].append(found)
+            print(
+                "  ".join(
+                    f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in found.items()
+                )
+            )
+            (options.out / "model_step.json").write_text(json.dumps(record, indent=1) + "\n")
+            if runtime.device.type == "cuda":
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats(runtime.device)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,77 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, in at most 9 minutes, on a machine with torch, Triton, numpy and pytest and without a network.
+# A stage that fails or runs out of its time does not stop the next one.
+#
+#   make gpu                      into runs/gpu
+#   make gpu OUT=/some/folder
+#   MEGAGRIN_GPU_DRY=1 make gpu   walks all stages on the CPU with tiny shapes: tests this script, measures nothing
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+. launch/common.sh
+
+find_python "$PWD"
+OUT=${OUT:-runs/gpu}
+DRY=${MEGAGRIN_GPU_DRY:-0}
+[[ $DRY == 0 || $DRY == 1 ]] || fail "MEGAGRIN_GPU_DRY: '$DRY' must be 0 or 1"
+if [[ $DRY == 0 ]] && ! "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+  fail "make gpu: torch sees no GPU here; MEGAGRIN_GPU_DRY=1 walks the stages on the CPU"
+fi
+mkdir -p "$OUT" || fail "OUT: cannot create $OUT"
+OUT=$(cd "$OUT" && pwd)
+LOG=$OUT/log.txt SUMMARY=$OUT/summary.txt
+: >"$LOG"
+: >"$SUMMARY"
+export PYTHONUNBUFFERED=1
+FAILED=0
+
+# stage LIMIT-IN-SECONDS NAME COMMAND...: its output goes to the terminal and, under a heading, to the log.
+stage() {
+  local limit=$1 name=$2 begin=$SECONDS status=0 word
+  shift 2
+  printf '\n== %s (limit %d s): %s\n' "$name" "$limit" "$*" | tee -a "$LOG"
+  timeout --kill-after=10 "$limit" "$@" 2>&1 | tee -a "$LOG" || status=${PIPESTATUS[0]}
+  case $status in
+    0) word=ok ;;
+    124 | 137) word="FAILED: not done after $limit s" ;;
+    *) word="FAILED: status $status" ;;
+  esac
+  ((status == 0)) || FAILED=1
+  printf '%-12s %4d s  %s\n' "$name" $((SECONDS - begin)) "$word" >>"$SUMMARY"
+}
+
+environment() {
+  nvidia-smi 2>&1 || echo "no nvidia-smi"
+  "$PYTHON" -c 'import sys; sys.path.insert(0, "benchmarks"); import moe_report
+for name, value in moe_report.environment().items(): print(f"{name}: {value}")'
+  git log -1 --format='commit %H' 2>/dev/null || true
+}
+
+environment >"$OUT/environment.txt" 2>&1 || FAILED=1
+cat "$OUT/environment.txt"
+
+# Not tests/conftest.py: it needs packages that are not there.
+PYTEST=("$PYTHON" -m pytest -m gpu --confcutdir=tests/gpu -p no:cacheprovider -rs)
+SHAPES=(--shape 32768x4096x6400x16x2 --shape 8192x4096x6400x16x2 --shape 32768x2048x768x128x8 --shape 32768x4096x2048x64x4)
+if [[ $DRY == 1 ]]; then
+  export MEGAGRIN_GPU_DRY CUDA_VISIBLE_DEVICES=''
+  stage 120 tests "${PYTEST[@]}" "--junitxml=$OUT/junit.xml" tests/gpu --ignore=tests/gpu/sanitizer
+  # shellcheck disable=SC2016  # the inner shell's arguments
+  stage 60 tune bash -c '"$@"; (($? == 2))' bash "$PYTHON" -m megagrin.cli kernels tune "${SHAPES[@]}"  # refused, in one line
+  stage 120 benchmark "$PYTHON" benchmarks/moe_layer.py --smoke --rounds 1 --pause 0 --out "$OUT"
+  stage 120 model "$PYTHON" benchmarks/model_step.py --smoke --out "$OUT"
+  stage 60 sanitizer "${PYTEST[@]}" tests/gpu/sanitizer
+  stage 120 training "$PYTHON" benchmarks/tiny_training.py --device cpu --steps 6
+else
+  # 530 s together. What later stages build on comes first: is it right, then which blocks, then how fast.
+  stage 120 tests "${PYTEST[@]}" "--junitxml=$OUT/junit.xml" tests/gpu --ignore=tests/gpu/sanitizer
+  stage 90 tune "$PYTHON" -m megagrin.cli kernels tune "${SHAPES[@]}" --seconds 70 --out "$OUT"
+  export MEGAGRIN_TUNED=$OUT
+  stage 150 benchmark "$PYTHON" benchmarks/moe_layer.py --seconds 120 --out "$OUT"
+  stage 60 model "$PYTHON" benchmarks/model_step.py --out "$OUT"
+  stage 60 sanitizer "${PYTEST[@]}" tests/gpu/sanitizer
+  stage 50 training "$PYTHON" benchmarks/tiny_training.py --device cuda --steps 60 --compile
+fi
+
+printf '\n== summary (%d s, in %s)\n' "$SECONDS" "$OUT"
+cat "$SUMMARY"
+exit "$FAILED"
