@@ -1,7 +1,7 @@
-"""Time, TFLOP/s and MFU of training steps at full width: a few layers of a preset on one device, learned and forced-balanced routing.
+"""Time, TFLOP/s and MFU of training steps at full width: some layers of a preset, learned and forced-balanced routing.
 
 A step is forward, backward, clipping and fused AdamW through the engine that `megagrin train` uses. FLOPs are the model's (see
-megagrin/flops.py), so head and embedding weigh more than in the whole model; MFU stands beside for the layers alone, too.
+megagrin/flops.py): with few layers the head weighs more than in the whole model.
 
     python benchmarks/model_step.py [--preset grin_16x3_8b] [--layers 2] [--sequences 2] [--smoke]
 """
@@ -24,7 +24,7 @@ from megagrin.flops import flops_per_token, peak_flops
 from megagrin.models.grin import PRESETS
 from megagrin.models.transformer import ModelConfig
 from megagrin.moe.balance import BalanceConfig
-from megagrin.moe.router import RouterConfig
+from megagrin.moe.router import Router, RouterConfig
 from megagrin.optim import OptimConfig
 from megagrin.parallel.mesh import ParallelConfig, build_mesh
 from megagrin.runtime import RuntimeConfig, session
@@ -39,20 +39,19 @@ def batch(model: ModelConfig, sequences: int, seq_len: int, seed: int = 0) -> Ba
     return Batch(text[:, :-1].contiguous(), text[:, 1:].contiguous(), index % seq_len, None, index)
 
 
-def build_engine(
-    model: ModelConfig, device: torch.device, dtype: str, forced_balance: bool = False, compiled: bool = False
-) -> NativeEngine:
+def build_engine(model: ModelConfig, device: torch.device, dtype: str, compiled: bool = False) -> NativeEngine:
     """The native engine on this one device."""
     config = EngineConfig(dtype=dtype, zero=1, compile=compiled)  # type: ignore[arg-type]
-    router = RouterConfig(forced_balance=forced_balance)
     mesh = build_mesh(ParallelConfig(), device.type)
-    return NativeEngine(model, router, BalanceConfig(), OptimConfig(), config, mesh, device, seed=0)
+    return NativeEngine(model, RouterConfig(), BalanceConfig(), OptimConfig(), config, mesh, device, seed=0)
 
 
-def measure(model: ModelConfig, options: argparse.Namespace, device: torch.device, forced_balance: bool) -> dict[str, Any]:
+def measure(engine: NativeEngine, model: ModelConfig, options: argparse.Namespace, forced_balance: bool) -> dict[str, Any]:
     """Median step time of one routing."""
-    dtype = "fp32" if options.smoke else "bf16"
-    engine = build_engine(model, device, dtype, forced_balance)
+    device = engine.device
+    for layer in engine.model.modules():
+        if isinstance(layer, Router):
+            layer.config = dataclasses.replace(layer.config, forced_balance=forced_balance)
     tokens = batch(model, options.sequences, options.seq_len)
     seconds, loss, counts_LE = [], float("nan"), None
     for step in range(options.warmup + options.steps):
@@ -118,8 +117,9 @@ def main(argv: list[str]) -> int:
     }
     options.out.mkdir(parents=True, exist_ok=True)
     with session(RuntimeConfig(device="cpu" if options.smoke else "cuda")) as runtime:
+        engine = build_engine(model, runtime.device, "fp32" if options.smoke else "bf16")
         for forced_balance in (False, True):
-            found = measure(model, options, runtime.device, forced_balance)
+            found = measure(engine, model, options, forced_balance)
             record["results"].append(found)
             print(
                 "  ".join(

@@ -62,14 +62,14 @@ if [[ $DRY == 1 ]]; then
   stage 60 sanitizer "${PYTEST[@]}" tests/gpu/sanitizer
   stage 120 training "$PYTHON" benchmarks/tiny_training.py --device cpu --steps 6
 else
-  # 530 s together. What later stages build on comes first: is it right, then which blocks, then how fast.
-  stage 120 tests "${PYTEST[@]}" "--junitxml=$OUT/junit.xml" tests/gpu --ignore=tests/gpu/sanitizer
-  stage 90 tune "$PYTHON" -m megagrin.cli kernels tune "${SHAPES[@]}" --seconds 70 --out "$OUT"
+  # 520 s together. What later stages build on comes first: is it right, then which blocks, then how fast.
+  stage 110 tests "${PYTEST[@]}" "--junitxml=$OUT/junit.xml" tests/gpu --ignore=tests/gpu/sanitizer
+  stage 80 tune "$PYTHON" -m megagrin.cli kernels tune "${SHAPES[@]}" --seconds 60 --out "$OUT"
   export MEGAGRIN_TUNED=$OUT
   stage 150 benchmark "$PYTHON" benchmarks/moe_layer.py --seconds 120 --out "$OUT"
   stage 60 model "$PYTHON" benchmarks/model_step.py --out "$OUT"
-  stage 60 sanitizer "${PYTEST[@]}" tests/gpu/sanitizer
-  stage 50 training "$PYTHON" benchmarks/tiny_training.py --device cuda --steps 60 --compile
+  stage 80 sanitizer "${PYTEST[@]}" tests/gpu/sanitizer
+  stage 40 training "$PYTHON" benchmarks/tiny_training.py --device cuda --steps 60 --compile
 fi
 
 printf '\n== summary (%d s, in %s)\n' "$SECONDS" "$OUT"

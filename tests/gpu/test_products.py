@@ -1,0 +1,103 @@
+"""Grouped products and the expert MLP on CUDA against fp64 with the same rounding points, on odd shapes.
+
+Shape suffixes: R routed rows, E experts, N and K features, D model width, F expert width.
+"""
+
+import pytest
+import torch
+from exact import expert_mlp as exact_mlp
+from exact import per_expert, per_row, relative, rounded, roundings
+from torch import Tensor
+
+from megagrin.kernels import moe_mlp
+from megagrin.kernels.grouped_gemm import k_grouped_wgrad, m_grouped, m_grouped_dgrad
+
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+COUNTS = [[5], [0, 1, 63, 65], [0, 0, 300, 0], [129, 127, 0, 128, 1], [(37 * e) % 50 for e in range(128)], [2000, 3, 0, 0]]
+# Features: a tile and less, ragged ends of tiles, and a width that tensor descriptors cannot address.
+WIDTHS = [(256, 128), (136, 72), (24, 264), (30, 50)]
+# In roundings of the result: sums in fp32 add next to nothing; fp32 itself is compared by a relative error.
+MOST_ROUNDINGS, FP32_ERROR = 1.1, 2e-6
+
+
+def normal(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
+    return (scale * torch.randn(*shape, device="cuda", dtype=torch.float64)).to(dtype)
+
+
+def assert_close(got: Tensor, exact: Tensor, what: str, slack: float = 1.0) -> None:
+    assert got.isfinite().all(), what
+    if got.dtype == torch.float32:
+        assert relative(got, exact) < FP32_ERROR * slack, (what, relative(got, exact))
+    elif exact.any():
+        assert roundings(got, exact, got.dtype) < MOST_ROUNDINGS * slack, (what, roundings(got, exact, got.dtype))
+    else:
+        assert not got.any(), what
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("widths", WIDTHS, ids=str)
+@pytest.mark.parametrize("counts", COUNTS, ids=lambda counts: f"{len(counts)}e{sum(counts)}r")
+def test_grouped_products(counts: list[int], widths: tuple[int, int], dtype: torch.dtype) -> None:
+    n, k = widths
+    rows, counts_E = sum(counts), torch.tensor(counts, device="cuda")
+    x, w, dy = normal(rows, k, dtype=dtype), normal(len(counts), n, k, dtype=dtype), normal(rows, n, dtype=dtype)
+    x64, w64, dy64 = x.double(), w.double(), dy.double()
+    assert_close(m_grouped(x, w, counts_E), per_row(x64, w64, counts), "forward")
+    assert_close(m_grouped_dgrad(dy, w, counts_E), per_row(dy64, w64.transpose(1, 2), counts), "dgrad")
+    exact = per_expert(dy64, x64, counts)
+    assert_close(k_grouped_wgrad(dy, x, counts_E), exact, "wgrad")
+    wide = k_grouped_wgrad(dy, x, counts_E, out_dtype=torch.float32)
+    assert_close(wide, exact, "wgrad in fp32")
+    start = torch.randn_like(wide)
+    into = start.clone()
+    k_grouped_wgrad(dy, x, counts_E, accumulate_into=into)
+    assert_close(into, exact + start.double(), "wgrad added")
+    for expert, count in enumerate(counts):
+        assert count or not wide[expert].any(), f"idle expert {expert} has a gradient"
+
+
+@pytest.mark.parametrize("own_backward_weight", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("counts", [[0, 1, 63, 65], [300, 0, 17], [(37 * e) % 50 for e in range(64)]], ids=str)
+def test_expert_mlp(counts: list[int], dtype: torch.dtype, own_backward_weight: bool) -> None:
+    rows, d, f = sum(counts), 136, 72
+    x, dy = normal(rows, d, dtype=dtype), normal(rows, d, dtype=dtype)
+    gate_up, down = normal(len(counts), 2 * f, d, dtype=dtype, scale=0.2), normal(len(counts), d, f, dtype=dtype, scale=0.2)
+    v_R, b_R = torch.rand(rows, device="cuda") + 0.2, torch.rand(rows, device="cuda") + 0.2
+    leaves = [t.requires_grad_() for t in (x, gate_up, down, v_R)]
+    y = moe_mlp.expert_mlp(*leaves, torch.tensor(counts, device="cuda"), b_R if own_backward_weight else None)
+    gradients = torch.autograd.grad(y, leaves, dy)
+    inputs = [t.detach().double() for t in (x, gate_up, down, v_R, b_R if own_backward_weight else v_R, dy)]
+    exact = exact_mlp(*inputs, counts, dtype)
+    for name, got in zip(exact, (y.detach(), *gradients), strict=True):
+        if name == "dv":
+            assert relative(got, exact[name]) < 1e-4, (name, relative(got, exact[name]))
+        else:
+            # An inner value beside a rounding boundary may round the other way: a few flips. In fp32, sigmoid is approximate.
+            assert_close(got, exact[name], name, slack=1.15 if got.dtype != torch.float32 else 5.0)
+
+
+def test_the_tolerance_notices_a_moved_rounding_point() -> None:
+    """Weight after the down product instead of before: more roundings than the bound of `test_expert_mlp` allows."""
+    counts, d, f, dtype = [64, 65], 136, 72, torch.bfloat16
+    x, gate_up = normal(129, d, dtype=dtype).double(), normal(2, 2 * f, d, dtype=dtype, scale=0.2).double()
+    down, v_R = normal(2, d, f, dtype=dtype, scale=0.2).double(), torch.rand(129, device="cuda").double() + 0.2
+    exact = exact_mlp(x, gate_up, down, v_R, v_R, torch.zeros_like(x), counts, dtype)["y"]
+    ones = torch.ones_like(v_R)
+    after = rounded(exact_mlp(x, gate_up, down, ones, ones, torch.zeros_like(x), counts, dtype)["y"] * v_R[:, None], dtype)
+    assert roundings(after, exact, dtype) > MOST_ROUNDINGS * 1.15
+
+
+def test_float32_masters_get_unrounded_gradients() -> None:
+    """fp32 weights beside bf16 rows: cast inside, and the gradient is the fp32 sum, not a bf16 number."""
+    counts, d, f = [70, 0, 59], 128, 64
+    x, dy = normal(129, d, dtype=torch.bfloat16), normal(129, d, dtype=torch.bfloat16)
+    masters = [normal(3, 2 * f, d, dtype=torch.float32).requires_grad_(), normal(3, d, f, dtype=torch.float32).requires_grad_()]
+    v_R, counts_E = torch.rand(129, device="cuda") + 0.2, torch.tensor(counts, device="cuda")
+    gradients = torch.autograd.grad(moe_mlp.expert_mlp(x, *masters, v_R, counts_E), masters, dy)
+    narrow = [w.detach().bfloat16().double() for w in masters]
+    exact = exact_mlp(x.double(), *narrow, v_R.double(), v_R.double(), dy.double(), counts, torch.bfloat16)
+    for name, got in zip(("d gate_up", "d down"), gradients, strict=True):
+        assert got.dtype == torch.float32
+        assert relative(got, exact[name]) < 1e-3, name
+        assert (got != got.bfloat16().float()).any(), f"{name} was rounded to bf16"
