@@ -1,6 +1,5 @@
 """Tests that need a GPU. They import nothing but torch, numpy, pytest and this project: `make gpu` runs them on bare machines."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,7 +18,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _poisoned_memory() -> Iterator[None]:
+def _poisoned_memory() -> None:
     """What a kernel does not write is NaN, not the right answer of an earlier call."""
     torch.manual_seed(0)
     if torch.cuda.is_available():
@@ -27,4 +26,3 @@ def _poisoned_memory() -> Iterator[None]:
         blocks = [torch.full((1 << 22,), float("nan"), device="cuda") for _ in range(8)]
         blocks += [torch.full((1 << size,), float("nan"), device="cuda") for size in range(8, 20) for _ in range(4)]
         del blocks
-    yield

@@ -1,6 +1,5 @@
 """The model on CUDA: it takes the kernels, repeats bit for bit, and trains as on the CPU."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -33,7 +32,7 @@ KERNELS = {
 
 
 @pytest.fixture
-def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[str]]:
+def launched(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     """Names of the Triton kernels that are launched in the test."""
     from triton.runtime.jit import JITFunction
 
@@ -45,7 +44,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[str]]:
         return run(self, *args, **options)
 
     monkeypatch.setattr(JITFunction, "run", noted)
-    yield names
+    return names
 
 
 def layer_and_inputs() -> tuple[MoELayer, Tensor, TrainRouting]:
