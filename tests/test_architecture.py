@@ -39,6 +39,7 @@ FLOORS = {
     "megagrin.parallel.recompute": 4,
     "megagrin.parallel.tensor": 4,
     "megagrin.parallel.pipeline": 4,
+    "megagrin.parallel.cost": 4,
     "megagrin.parallel.plan": 4,
     "megagrin.checkpoint": 4,
     "megagrin.kernel_tuning": 4,
