@@ -236,6 +236,47 @@ RULES = (  # (ranks, settings, the message)
         "model.d_model: 256 must be a multiple of the ranks that shard each expert (5); parallel.dp_replicate lowers that number",
     ),
     (4, "parallel.pp_stages_per_rank=2", "parallel.pp_stages_per_rank: 2 needs parallel.pp above 1"),
+    (
+        2,
+        "parallel.pp=2 parallel.pp_stages_per_rank=2",
+        "parallel.pp_stages_per_rank: 2 must be 1 with parallel.pp_schedule 1f1b",
+    ),
+    (
+        2,
+        "parallel.pp=2 parallel.pp_schedule=interleaved_1f1b",
+        "parallel.pp_stages_per_rank: 1 must be at least 2 with parallel.pp_schedule interleaved_1f1b",
+    ),
+    (
+        8,
+        "parallel.pp=8",
+        "parallel.pp: 8 × parallel.pp_stages_per_rank 1 must not exceed model.n_layers + 2 "
+        "(6: embedding and head may be stages of their own)",
+    ),
+    (
+        8,
+        "parallel.pp=8 train.micro_batch_size=8",
+        "parallel.pp: 8 with parallel.pp_schedule 1f1b must not exceed the 4 micro-batches a rank "
+        "(train.global_batch_size / data-parallel ranks / train.micro_batch_size)",
+    ),
+    (
+        4,
+        "parallel.pp=4 parallel.pp_schedule=zero_bubble train.global_batch_size=44",
+        "parallel.pp: 4 with parallel.pp_schedule zero_bubble takes the 11 micro-batches a rank "
+        "(train.global_batch_size / data-parallel ranks / train.micro_batch_size) in rounds of pp or a little more: "
+        "their number must be a multiple of the rounds (2)",
+    ),
+    (2, "parallel.pp=2 parallel.pp_split=[1,1]", "parallel.pp_split: [1, 1] must add up to model.n_layers (4)"),
+    (
+        2,
+        "parallel.pp=2 parallel.pp_split=[4]",
+        "parallel.pp_split: [4] must have a number for each of the 2 stages (pp × pp_stages_per_rank)",
+    ),
+    (
+        4,
+        "parallel.pp=4 parallel.pp_split=[2,0,1,1]",
+        "parallel.pp_split: [2, 0, 1, 1] must be positive; only the first and the last stage may be without layers",
+    ),
+    (2, "engine.recompute=budget", "engine.recompute_budget_gib: 0.0 must be positive with engine.recompute=budget"),
 )
 
 
