@@ -113,11 +113,12 @@ def _model_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """First and second moments under their parameter's name; made as zeros where no step was taken yet."""
+    """The optimizer's moments under their parameter's name; made as zeros where no step was taken yet."""
     tensors = {}
+    muon = {parameter for group in optimizer.param_groups if group.get("muon") for parameter in group["params"]}
     for name, parameter in model.named_parameters():
         state = optimizer.state[parameter]
-        for moment in ("exp_avg", "exp_avg_sq"):
+        for moment in ("momentum_buffer",) if parameter in muon else ("exp_avg", "exp_avg_sq"):
             if moment not in state:
                 state[moment] = torch.zeros_like(parameter)
             tensors[f"optim.{name}.{moment}"] = state[moment]
@@ -132,7 +133,7 @@ def save(
     Args:
         run_dir: the run folder, on a file system that all ranks share.
         model: its parameters, sharded or not.
-        optimizer: AdamW over the same parameters.
+        optimizer: over the same parameters.
         extra: further tensors, equal on all ranks.
         info: goes into `checkpoint.json`.
 
@@ -179,7 +180,11 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None, 
     _read(path, tensors, no_dist=False)
     if optimizer is not None:
         for state in optimizer.state.values():
-            state["step"] = torch.tensor(float(step), device=next(iter(state.values())).device)
+            if "exp_avg" in state:
+                state["step"] = torch.tensor(float(step), device=state["exp_avg"].device)
+        for group in optimizer.param_groups:
+            if "step" in group:  # apex counts once for a group
+                group["step"] = step
 
 
 def _read(path: Path, tensors: dict[str, Tensor], no_dist: bool) -> None:

@@ -26,6 +26,8 @@ FLOORS = {
     "megagrin.nn": 2,
     "megagrin.moe": 2,
     "megagrin.data": 2,
+    "megagrin.apex": 2,
+    "megagrin.muon": 2,
     "megagrin.optim": 2,
     "megagrin.flops": 2,
     "megagrin.trackers": 2,

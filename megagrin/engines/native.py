@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+from megagrin.apex import fuse_layer_norms
 from megagrin.data.loader import IGNORED_LABEL, Batch
 from megagrin.models.init import init_parameters
 from megagrin.models.transformer import LayerStats, ModelConfig, Output, Transformer
@@ -16,7 +17,7 @@ from megagrin.moe.balance import BalanceConfig, balance_loss, load_fraction
 from megagrin.moe.layer import TrainRouting
 from megagrin.moe.router import Draws, RouterConfig
 from megagrin.nn.attention import AttentionBackend, attention_layers, use_backend
-from megagrin.optim import OptimConfig, build_adamw, clip_gradients, gradient_norm
+from megagrin.optim import OptimConfig, build_optimizer, clip_gradients, gradient_norm
 from megagrin.parallel.context import slice_batch
 from megagrin.parallel.data import prepare_backward
 from megagrin.parallel.mesh import ParallelMesh
@@ -44,6 +45,7 @@ class EngineConfig:
         compile: torch.compile attention, norms and dense MLPs; the first steps then take longer.
         attention: kernel of attention. sdpa: torch's fused attention; flex: flex_attention, which skips what window and documents
             hide, on CUDA only; auto: flex for bf16 on CUDA, else sdpa.
+        layer_norm: who computes LayerNorm: torch, apex (CUDA only), or auto, which takes apex where it can.
     """
 
     dtype: Literal["bf16", "fp32", "fp64"] = "bf16"
@@ -53,6 +55,7 @@ class EngineConfig:
     recompute_budget_gib: float = 0.0
     compile: bool = False
     attention: AttentionBackend = "auto"
+    layer_norm: Literal["auto", "torch", "apex"] = "auto"
 
     def violations(self) -> list[str]:
         """Every broken rule of this section, as `field: value and rule`."""
@@ -120,6 +123,7 @@ class NativeEngine:
         recompute = self._recompute(micro_batch_tokens, compute_dtype)
         pipelined = mesh.size("pp") > 1
         for stage in stages:
+            fuse_layer_norms(stage, config.layer_norm, device)
             use_backend(attention_layers(stage), stage.attention_mask, config.attention, device, compute_dtype)
             # A pipeline's stage keeps gathered parameters from the first to the last micro-batch of a step.
             parallelize(stage, mesh, compute_dtype, config.zero == 3 and not pipelined, recompute, config.compile)
@@ -128,7 +132,7 @@ class NativeEngine:
         self.model.to_empty(device=device)
         init_parameters(self.model, model, seed)
         self.parameters = list(self.model.parameters())
-        self.optimizer = build_adamw(self.model, optim)
+        self.optimizer = build_optimizer(self.model, optim, compute_dtype)
         experts = max(1, model.n_experts)
         # Load fractions of the last step, for balance scope `batch`; part of the checkpoint.
         self.previous_f_LE = torch.full((model.n_layers, experts), 1 / experts, device=device)
