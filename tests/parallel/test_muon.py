@@ -4,19 +4,26 @@ Shape suffixes: M matrices, N rows, C columns, E experts, F expert width, D mode
 """
 
 import math
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from common import OPTIM, STEPS, Run, assert_same_run, build_engine, full, micro_batches
 from helpers import GlooPool
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
+from megagrin import checkpoint
+from megagrin.checkpoint import CheckpointInfo
 from megagrin.muon import Muon, is_matrix, orthogonalize
+from megagrin.parallel.mesh import ParallelConfig
 
 LR, DECAY, MOMENTUM = 0.02, 0.1, 0.9
+MUON = replace(OPTIM, kind="muon")
 
 
 def plain_newton_schulz(u_NC: Tensor) -> Tensor:
@@ -173,3 +180,46 @@ def test_shards_step_as_whole_matrices_do(gloo: GlooPool, shape: Any, names: Any
     for got in gloo.run(math.prod(shape), run_sharded, shape, names, dense, experts):
         for name, values in _tensors().items():
             torch.testing.assert_close(got[name], expected(name, values[0], values[1:]), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp64"])
+@pytest.mark.parametrize(
+    ("world_size", "parallel", "micro"),
+    [
+        pytest.param(2, ParallelConfig(), 4, id="dp2"),
+        pytest.param(2, ParallelConfig(ep=2), 4, id="ep2"),
+        pytest.param(4, ParallelConfig(ep=2), 2, id="ep2-edp2"),
+        pytest.param(4, ParallelConfig(dp_replicate=2), 1, id="hybrid-accumulation"),
+    ],
+)
+def test_same_run_on_every_layout(gloo: GlooPool, world_size: int, parallel: ParallelConfig, micro: int, dtype: str) -> None:
+    """Losses, gradients, updates and clip norm of 20 steps of sampled routing."""
+    assert_same_run(gloo, world_size, Run(parallel, micro, dtype, STEPS, optim=MUON))
+
+
+def run_resumed(run: Run, folder: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Weights after four steps in a row, and after two, a checkpoint, a new engine and two more."""
+
+    def weights(engine: Any) -> dict[str, Tensor]:
+        return {name: full(parameter) for name, parameter in engine.model.named_parameters()}
+
+    engine = build_engine(run)
+    path = None
+    for step in range(4):
+        engine.train_step(micro_batches(run, step, engine.mesh), step, 1e-2)
+        if step == 1:
+            extra = {"load": engine.previous_f_LE}
+            path = checkpoint.save(Path(folder), engine.model, engine.optimizer, extra, CheckpointInfo(2, 0, {}))
+    whole = weights(engine)
+    assert path is not None
+    engine = build_engine(run)
+    checkpoint.load(path, engine.model, engine.optimizer, {"load": engine.previous_f_LE}, 2)
+    for step in (2, 3):
+        engine.train_step(micro_batches(run, step, engine.mesh), step, 1e-2)
+    return whole, weights(engine)
+
+
+def test_resumes_bit_for_bit(gloo: GlooPool, tmp_path: Path) -> None:
+    """Momentum of matrices and AdamW's moments of the rest are all in the checkpoint."""
+    for whole, resumed in gloo.run(4, run_resumed, Run(ParallelConfig(ep=2), 1, "fp32", optim=MUON), str(tmp_path)):
+        assert all(torch.equal(resumed[name], whole[name]) for name in whole)
