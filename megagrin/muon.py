@@ -132,8 +132,8 @@ def _updates(u_MNC: Tensor, cuts: list[_Cut], paired: bool) -> Tensor:
     Args:
         u_MNC: this rank's slices of the momentum.
         cuts: from `_cuts`.
-        paired: each matrix is a gate and an up matrix, (2F, D). They are orthogonalised one by one: they are two maps that only
-            storage puts together, and the dense SwiGLU has them apart.
+        paired: each matrix is a gate and an up matrix, (2F, D) with their rows interleaved. They are orthogonalised one by
+            one: they are two maps that only storage puts together, and the dense SwiGLU has them apart.
     """
     counts = []
     for cut in cuts:
@@ -141,9 +141,10 @@ def _updates(u_MNC: Tensor, cuts: list[_Cut], paired: bool) -> Tensor:
         u_MNC = cut.whole(u_MNC)
     shape = u_MNC.shape
     if paired:
-        u_MNC = u_MNC.reshape(-1, shape[1] // 2, shape[2])
+        u_MNC = u_MNC.view(shape[0], shape[1] // 2, 2, shape[2]).transpose(1, 2).flatten(0, 1)
     u_MNC = orthogonalize(u_MNC) * (_RMS * math.sqrt(max(u_MNC.shape[1:])))
-    u_MNC = u_MNC.reshape(shape)
+    if paired:
+        u_MNC = u_MNC.view(shape[0], 2, shape[1] // 2, shape[2]).transpose(1, 2).reshape(shape)
     for cut, count in zip(reversed(cuts), reversed(counts), strict=True):
         u_MNC = cut.slices(u_MNC, count)
     return u_MNC
@@ -199,6 +200,7 @@ class Muon(torch.optim.Optimizer):
             state = self.state[parameter]
             if "momentum_buffer" not in state:
                 state["momentum_buffer"] = torch.zeros_like(parameter)
+            assert parameter.grad is not None
             gradient, momentum = local_tensor(parameter.grad), local_tensor(state["momentum_buffer"])
             momentum.lerp_(gradient, 1 - group["momentum"])
             directions.append(gradient.lerp(momentum, group["momentum"]).to(self._dtype))
