@@ -192,6 +192,7 @@ def test_shards_step_as_whole_matrices_do(gloo: GlooPool, shape: Any, names: Any
         pytest.param(4, ParallelConfig(ep=2), 2, id="ep2-edp2"),
         pytest.param(4, ParallelConfig(dp_replicate=2), 1, id="hybrid-accumulation", marks=pytest.mark.slow),
         pytest.param(2, ParallelConfig(tp=2), 4, id="tp2"),
+        pytest.param(2, ParallelConfig(pp=2), 2, id="pp2", marks=pytest.mark.slow),
         pytest.param(4, ParallelConfig(tp=2, etp=2), 2, id="tp2-etp2-dp2", marks=pytest.mark.slow),
     ],
 )
