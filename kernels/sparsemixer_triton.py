@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Elements of a tile: 16 a thread. Four or five such tiles are alive at once.
-_TILE = 2048
+# Elements of a tile: 8 a thread. With 16 some shapes spilled.
+_TILE = 1024
 _SUM_ROWS, _SUM_COLUMNS = 64, 32
 LAUNCH = {"num_warps": 4, "enable_fp_fusion": False}
 
@@ -112,22 +112,19 @@ def sparsemixer_forward(
         token = tl.load(token_ptr + row, mask=row_exists, other=0)
         low, high = (token & 0xFFFFFFFF).to(tl.uint32), (token >> 32).to(tl.uint32)
         zero = tl.zeros((BLOCK_T,), tl.uint32)
-    for k in tl.static_range(K):
+    # A loop, not unrolled: eight rounds in a row would compile for a minute and spill.
+    for k in range(K):
         free = (column < E) & (taken == 0)
         p, best = _masked_softmax(z, free, limit, INV_TEMPERATURE, PAPER_MASK)
         # Of equal logits the first; the last expert where a NaN leaves none.
         first = tl.min(tl.where(free & (z == best), column, E - 1), axis=1)
         if DRAW:
-            if k % 2 == 0:
-                counter = high | (zero + (k // 2 << 16))
-                word_0, word_1, word_2, word_3 = tl.philox(
-                    seed, low, counter, zero + layer.to(tl.uint32), zero + step.to(tl.uint32)
-                )
-                expert = _sample(p, word_0, E)
-                full = word_1.to(tl.int64) < BERNOULLI
-            else:
-                expert = _sample(p, word_2, E)
-                full = word_3.to(tl.int64) < BERNOULLI
+            k_T = tl.zeros((BLOCK_T,), tl.int32) + k
+            second, odd = high | (k_T >> 1 << 16).to(tl.uint32), (k_T & 1) == 1
+            third, fourth = zero + layer.to(tl.uint32), zero + step.to(tl.uint32)
+            word_0, word_1, word_2, word_3 = tl.philox(seed, low, second, third, fourth)
+            expert = _sample(p, tl.where(odd, word_2, word_0), E)
+            full = tl.where(odd, word_3, word_1).to(tl.int64) < BERNOULLI
         else:
             expert = first
         chosen = column == expert[:, None]
@@ -218,7 +215,7 @@ def sparsemixer_backward(
     dz = p * (d_prob - tl.sum(p * d_prob, axis=1)[:, None] + d_logsumexp[:, None])
 
     taken = tl.zeros((BLOCK_T, BLOCK_E), tl.int32)
-    for k in tl.static_range(K):
+    for k in range(K):
         p, _best = _masked_softmax(z, (column < E) & (taken == 0), limit, INV_TEMPERATURE, PAPER_MASK)
         chosen = column == tl.load(expert_ptr + row * K + k, mask=row_exists, other=0).to(tl.int32)[:, None]
         d_weight = tl.load(d_weight_ptr + row * K + k, mask=row_exists, other=0.0)
