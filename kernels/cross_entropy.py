@@ -106,7 +106,7 @@ def _(logit_CV: Tensor, label_C: Tensor, lse_C: Tensor, first: int) -> None:
 
 
 def _whole_vocabulary(statistics: tuple[Tensor, ...], shard: VocabShard | None) -> tuple[Tensor, Tensor, Tensor]:
-    """(log Σ e^logit, logit of the label, how many shards hold the label) from each shard's (max, sum, target, found).
+    """(log Σ e^logit, loss, how many shards hold the label) per token from each shard's (max, sum, target, found).
 
     Gathered, not reduced: one exchange instead of two, and every rank adds in the same order.
     """
@@ -119,8 +119,9 @@ def _whole_vocabulary(statistics: tuple[Tensor, ...], shard: VocabShard | None) 
     max_PC, sum_PC, target_PC, found_PC = all_P4C.unbind(1)
     best_C = max_PC.amax(0)
     base_C = best_C.masked_fill(best_C == -torch.inf, 0)
-    lse_C = base_C + (sum_PC * (max_PC - base_C).exp()).sum(0).log()
-    return lse_C, target_PC.sum(0), found_PC.sum(0)
+    log_sum_C = (sum_PC * (max_PC - base_C).exp()).sum(0).log()
+    # Not lse − target: of logits in the thousands that difference would keep three digits.
+    return base_C + log_sum_C, log_sum_C + (base_C - target_PC.sum(0)), found_PC.sum(0)
 
 
 def _loss_and_gradient_(logit_CV: Tensor, label_C: Tensor, shard: VocabShard | None, with_grad: bool) -> tuple[Tensor, Tensor]:
@@ -128,11 +129,11 @@ def _loss_and_gradient_(logit_CV: Tensor, label_C: Tensor, shard: VocabShard | N
     first = 0 if shard is None else shard.first
     max_C, sum_C, target_C = cross_entropy_statistics(logit_CV, label_C, first)
     inside_C = (label_C >= first) & (label_C < first + logit_CV.shape[1])
-    lse_C, target_C, found_C = _whole_vocabulary((max_C, sum_C, target_C, inside_C.to(max_C.dtype)), shard)
+    lse_C, loss_C, found_C = _whole_vocabulary((max_C, sum_C, target_C, inside_C.to(max_C.dtype)), shard)
     ignored_C = label_C == IGNORE
     # On CUDA an assertion on the device, as an index out of range is.
     torch._assert_async(((found_C == 1) | ignored_C).all(), "linear_cross_entropy: a label is out of the vocabulary")
-    loss = (lse_C - target_C).masked_fill_(ignored_C, 0).sum()
+    loss = loss_C.masked_fill(ignored_C, 0).sum()
     if with_grad:
         cross_entropy_gradient_(logit_CV, label_C, lse_C, first)
     return loss, logit_CV

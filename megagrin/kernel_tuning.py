@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -162,12 +163,12 @@ class Launches:
         n, k, rows, n_experts = self.product.n, self.product.k, self.product.layer.rows, self.product.layer.n_experts
         if self.product.op == "wgrad_fp32":
             return [torch.zeros(n_experts, n, k, device=device)]
-        shapes = {
+        shapes: dict[Op, list[tuple[int, ...]]] = {
             "wgrad": [(n_experts, n, k)],
             "up_swiglu": [(rows, n), (rows, n // 2)],
             "down_dgrad": [(rows, 2 * n), (rows, n)],
-        }.get(self.product.op, [(rows, n)])
-        return [torch.empty(*shape, device=device, dtype=dtype) for shape in shapes]
+        }
+        return [torch.empty(*shape, device=device, dtype=dtype) for shape in shapes.get(self.product.op, [(rows, n)])]
 
     def prepare(self, blocks: BlockConfig) -> Callable[[], None]:
         """A function that starts the product once; its schedule is built here, as one serves several products of a layer."""
@@ -179,11 +180,13 @@ class Launches:
         if op in ("m_grouped", "m_grouped_dgrad"):
             launch = gemm.m_grouped_launch(self.x, self.w, self.outputs[0], schedule, blocks, dgrad=op == "m_grouped_dgrad")
         elif op == "up_swiglu":
-            launch = mlp.up_swiglu_launch(self.x, None, self.w, self.row_weight, *self.outputs, schedule, blocks)
+            h, act = self.outputs
+            launch = mlp.up_swiglu_launch(self.x, None, self.w, self.row_weight, h, act, schedule, blocks)
         elif op == "down_dgrad":
             assert self.extra is not None
             parts = torch.empty(rows, -(-self.product.n // blocks.block_n), device=self.x.device)
-            launch = mlp.down_dgrad_launch(self.x, self.w, self.extra, self.row_weight, *self.outputs, parts, schedule, blocks)
+            inputs, (dh, act) = (self.x, self.w, self.extra, self.row_weight), self.outputs
+            launch = mlp.down_dgrad_launch(*inputs, dh, act, parts, schedule, blocks)
         else:
             accumulate = op == "wgrad_fp32"
             launch = gemm.wgrad_launch(self.w, self.x, self.outputs[0], schedule.offsets, blocks, accumulate)
@@ -304,7 +307,7 @@ def main(argv: list[str]) -> int:
 
 def _measured(layers: list[LayerShape], options: argparse.Namespace, device: torch.device) -> Table:
     deadline = time.monotonic() + options.seconds
-    properties = torch.cuda.get_device_properties(device)
+    properties: Any = torch.cuda.get_device_properties(device)  # torch's own types lack the opt-in shared memory
     gpu, version = torch.cuda.get_device_name(device), tuning.triton_version()
     path = tuning.table_path(options.out or tuning.tables_folder(), gpu, version)
     # Read before anything is measured: a damaged file is an error now, not after ten minutes.

@@ -6,17 +6,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import pytest
-import torch
-
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
 import moe_contestants
 import moe_report
 import moe_shapes
+import pytest
 import timing
+import torch
 from moe_shapes import SHAPES, SMOKE_SHAPES, MoEShape
+
+ROOT = Path(__file__).resolve().parents[2]
 
 A_8K = MoEShape("grin-8k", 8192, 4096, 6400, 16, 2)
 A_32K, B_32K, WIDE = SHAPES[0], SHAPES[2], SHAPES[3]
