@@ -114,15 +114,18 @@ _TABLE_ARCH = {
 }
 
 
-def _block_cases(module: str, launches: list[str]) -> list[Case]:
+def _block_cases(module: Any, name: str) -> list[Case]:
     cases = []
-    for launch in launches:
-        op = _op_of(launch)
-        for arch in ARCHS:
-            dtypes = ("bf16", "fp16", "fp32") if arch == 90 else ("bf16", "fp32")  # fp16 compiles as bf16 does
-            cases += [Case(module, launch, arch, dtype) for dtype in dtypes]
-            others = _alternatives(arch)[op] if op is not None else set()
-            cases += [Case(module, launch, arch, "bf16", op, blocks) for blocks in sorted(others, key=dataclasses.astuple)]
+    for arch, dtype in itertools.product(ARCHS, _DTYPES):
+        if dtype == "fp16" and arch != 90:
+            continue  # compiles as bf16 does
+        blocks = {op: tuning.fallback(op, _DTYPES[dtype], arch // 10) for op in OPS}
+        for launch in _launches(module, _DTYPES[dtype], blocks):
+            cases.append(Case(name, launch, arch, dtype))
+            op = _op_of(launch)
+            if op is not None and dtype == "bf16":
+                others = sorted(_alternatives(arch)[op], key=dataclasses.astuple)
+                cases += [Case(name, launch, arch, dtype, op, other) for other in others]
     return cases
 
 
@@ -185,6 +188,5 @@ def all_cases() -> list[Case]:
             continue
         module = importlib.import_module(f"megagrin.kernels.{path.stem}")
         if hasattr(module, "compile_cases"):
-            blocks = {op: tuning.fallback(op, torch.bfloat16, 9) for op in OPS}
-            cases += _block_cases(path.stem, list(_launches(module, torch.bfloat16, blocks)))
+            cases += _block_cases(module, path.stem)
     return sorted(cases, key=lambda case: ("dgrad" not in case.launch and "swiglu" not in case.launch, -case.arch))
