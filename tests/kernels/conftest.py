@@ -1,4 +1,4 @@
-"""The benchmarks' modules are scripts beside each other, not a package: their folder joins the path."""
+"""The benchmarks are scripts, not a package: their folder is put on the path as it is when they run."""
 
 import sys
 from pathlib import Path
