@@ -49,27 +49,27 @@ for name, value in moe_report.environment().items(): print(f"{name}: {value}")'
 environment >"$OUT/environment.txt" 2>&1 || FAILED=1
 cat "$OUT/environment.txt"
 
-# Not tests/conftest.py: it needs packages that are not there.
-PYTEST=("$PYTHON" -m pytest -m gpu --confcutdir=tests/gpu -p no:cacheprovider -rs)
 SHAPES=(--shape 32768x4096x6400x16x2 --shape 8192x4096x6400x16x2 --shape 32768x2048x768x128x8 --shape 32768x4096x2048x64x4)
+# Not tests/conftest.py: it needs packages that are not there.
+SANITIZER=("$PYTHON" -m pytest -m gpu --confcutdir=tests/gpu -p no:cacheprovider -rs tests/gpu/sanitizer)
 if [[ $DRY == 1 ]]; then
   export MEGAGRIN_GPU_DRY CUDA_VISIBLE_DEVICES=''
-  stage 120 tests "${PYTEST[@]}" "--junitxml=$OUT/junit.xml" tests/gpu --ignore=tests/gpu/sanitizer
+  stage 120 tests "$PYTHON" tests/gpu/run.py --limit 110 --junit "$OUT/junit.xml"
   # shellcheck disable=SC2016  # the inner shell's arguments
   stage 60 tune bash -c '"$@"; (($? == 2))' bash "$PYTHON" -m megagrin.cli kernels tune "${SHAPES[@]}"  # refused, in one line
   stage 120 benchmark "$PYTHON" benchmarks/moe_layer.py --smoke --rounds 1 --pause 0 --out "$OUT"
   stage 120 model "$PYTHON" benchmarks/model_step.py --smoke --out "$OUT"
-  stage 60 sanitizer "${PYTEST[@]}" tests/gpu/sanitizer
+  stage 60 sanitizer "${SANITIZER[@]}"
   stage 120 training "$PYTHON" benchmarks/tiny_training.py --device cpu --steps 6
 else
   # 520 s together. What later stages build on comes first: is it right, then which blocks, then how fast.
-  stage 110 tests "${PYTEST[@]}" "--junitxml=$OUT/junit.xml" tests/gpu --ignore=tests/gpu/sanitizer
-  stage 80 tune "$PYTHON" -m megagrin.cli kernels tune "${SHAPES[@]}" --seconds 60 --out "$OUT"
+  stage 100 tests "$PYTHON" tests/gpu/run.py --limit 95 --junit "$OUT/junit.xml"
+  stage 100 tune "$PYTHON" -m megagrin.cli kernels tune "${SHAPES[@]}" --seconds 80 --out "$OUT"
   export MEGAGRIN_TUNED=$OUT
-  stage 150 benchmark "$PYTHON" benchmarks/moe_layer.py --seconds 120 --out "$OUT"
-  stage 60 model "$PYTHON" benchmarks/model_step.py --out "$OUT"
-  stage 80 sanitizer "${PYTEST[@]}" tests/gpu/sanitizer
-  stage 40 training "$PYTHON" benchmarks/tiny_training.py --device cuda --steps 60 --compile
+  stage 130 benchmark "$PYTHON" benchmarks/moe_layer.py --seconds 105 --out "$OUT"
+  stage 70 model "$PYTHON" benchmarks/model_step.py --out "$OUT"
+  stage 60 sanitizer "${SANITIZER[@]}"
+  stage 60 training "$PYTHON" benchmarks/tiny_training.py --device cuda --steps 60 --compile
 fi
 
 printf '\n== summary (%d s, in %s)\n' "$SECONDS" "$OUT"

@@ -205,7 +205,7 @@ _SAME_RESULT = 5e-3
 class CudaMeasure:
     """Medians of interleaved rounds on the current GPU."""
 
-    def __init__(self, dtype: torch.dtype, device: torch.device, rounds: int = 5, per_round: int = 5) -> None:
+    def __init__(self, dtype: torch.dtype, device: torch.device, rounds: int = 5, per_round: int = 3) -> None:
         self.dtype, self.device, self.rounds, self.per_round = dtype, device, rounds, per_round
 
     def __call__(self, product: Product, blocks: Sequence[BlockConfig]) -> list[float | None]:

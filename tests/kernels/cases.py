@@ -88,7 +88,7 @@ def _launches(module: Any, dtype: torch.dtype, blocks: dict[Op, BlockConfig]) ->
 
 
 # Which op's blocks a launch of `compile_cases` takes.
-def _op_of(launch: str) -> Op | None:
+def op_of(launch: str) -> Op | None:
     if launch == "wgrad_accumulate":
         return "wgrad_fp32"
     return max((op for op in OPS if launch.startswith(op)), key=len, default=None)
@@ -122,7 +122,7 @@ def _block_cases(module: Any, name: str) -> list[Case]:
         blocks = {op: tuning.fallback(op, _DTYPES[dtype], arch // 10) for op in OPS}
         for launch in _launches(module, _DTYPES[dtype], blocks):
             cases.append(Case(name, launch, arch, dtype))
-            op = _op_of(launch)
+            op = op_of(launch)
             if op is not None and dtype == "bf16":
                 others = sorted(_alternatives(arch)[op], key=dataclasses.astuple)
                 cases += [Case(name, launch, arch, dtype, op, other) for other in others]

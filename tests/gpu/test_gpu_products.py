@@ -13,9 +13,15 @@ from megagrin.kernels import moe_mlp
 from megagrin.kernels.grouped_gemm import k_grouped_wgrad, m_grouped, m_grouped_dgrad
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
-COUNTS = [[5], [0, 1, 63, 65], [0, 0, 300, 0], [129, 127, 0, 128, 1], [(37 * e) % 50 for e in range(128)], [2000, 3, 0, 0]]
+COUNTS = [[5], [0, 1, 63, 65], [0, 0, 300, 0], [129, 127, 0, 128], [(37 * e) % 50 for e in range(128)], [2000, 3, 0, 0]]
 # Features: a tile and less, ragged ends of tiles, and a width that tensor descriptors cannot address.
 WIDTHS = [(256, 128), (136, 72), (24, 264), (30, 50)]
+# Every new number of experts or kind of width is a compilation of a second or two: not the whole product of all.
+PRODUCTS = [
+    *((counts, (136, 72), torch.bfloat16) for counts in COUNTS),
+    *((COUNTS[1], widths, torch.bfloat16) for widths in WIDTHS if widths != (136, 72)),
+    *((counts, widths, dtype) for counts in COUNTS[1:3] for widths in WIDTHS[1:] for dtype in DTYPES[1:]),
+]
 # In roundings of the result: sums in fp32 add next to nothing; fp32 itself is compared by a relative error.
 MOST_ROUNDINGS, FP32_ERROR = 1.1, 2e-6
 
@@ -39,9 +45,7 @@ def addressable(dtype: torch.dtype, *widths: int) -> bool:
     return all(width * dtype.itemsize % 16 == 0 for width in widths)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("widths", WIDTHS, ids=str)
-@pytest.mark.parametrize("counts", COUNTS, ids=lambda counts: f"{len(counts)}e{sum(counts)}r")
+@pytest.mark.parametrize(("counts", "widths", "dtype"), PRODUCTS, ids=str)
 def test_grouped_products(counts: list[int], widths: tuple[int, int], dtype: torch.dtype) -> None:
     n, k = widths
     rows, counts_E = sum(counts), torch.tensor(counts, device="cuda")
@@ -72,7 +76,7 @@ def test_grouped_products(counts: list[int], widths: tuple[int, int], dtype: tor
 
 @pytest.mark.parametrize("own_backward_weight", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("counts", [[0, 1, 63, 65], [300, 0, 17], [(37 * e) % 50 for e in range(64)]], ids=str)
+@pytest.mark.parametrize("counts", [[0, 1, 63, 65], [300, 0, 17, 0]], ids=str)
 def test_expert_mlp(counts: list[int], dtype: torch.dtype, own_backward_weight: bool) -> None:
     rows, d, f = sum(counts), 136, 72
     x, dy = normal(rows, d, dtype=dtype), normal(rows, d, dtype=dtype)
