@@ -31,7 +31,7 @@ test: setup  ## the fast suite, under 10 minutes on 2 cores
 	@TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels_interpret
 
 test-slow: setup  ## the long suites
-	@$(BIN)/python -m pytest -m 'slow and not gpu' --timeout 900
+	@$(BIN)/python -m pytest -m 'slow and not gpu' --ignore=tests/kernels_interpret --timeout 900
 
 test-all: test test-slow  ## everything that needs no GPU
 

@@ -1,7 +1,7 @@
 """Blocks that `megagrin kernels tune` tries beside the fallback, by major number of the compute capability.
 
-Two-byte dtypes. tests/kernels/test_offline_compile.py compiles every one: no spills, within the shared memory of the architecture. Where
-nothing is listed, the fallback stands.
+Two-byte dtypes. tests/kernels/test_offline_compile.py compiles every one: no spills, within the shared memory of the architecture.
+Where nothing is listed, the fallback stands.
 """
 
 from megagrin.kernels.tuning import BlockConfig, Op

@@ -1,8 +1,8 @@
 """`megagrin kernels`: measures block sizes of the grouped products on this GPU and writes the table that training looks up.
 
 One rank measures, all get its table: ranks with tables of their own would compute different roundings and wait for each other.
-Candidates are those that tests/kernels/test_offline_compile.py compiles for each architecture. What cannot fit the shared memory is left
-out before anything is launched, and a candidate whose result differs from the fallback's is refused however fast it is.
+Candidates are those that tests/kernels/test_offline_compile.py compiles for each architecture. What cannot fit the shared memory
+is left out before anything is launched, and a candidate whose result differs from the fallback's is refused however fast it is.
 
 Shape suffixes: T tokens, R routed rows, E experts, D model width, F expert width, N output and K contracted features.
 """
