@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from common import BALANCE, MODEL, ROUTER, SEQ, SEQUENCES, Run, build_engine, micro_batches
+from common import BALANCE, MODEL, OPTIM, ROUTER, SEQ, SEQUENCES, Run, build_engine, micro_batches
 from helpers import GlooPool
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -104,6 +104,7 @@ def _workload(run: Run, mesh: ParallelMesh) -> Workload:
         recomputed=run.model.n_layers // stages if run.engine.get("recompute") == "full" else 0,
         backward_weights=False,  # round robin has none
         documents=run.documents,
+        muon=run.optim.kind == "muon",
         global_counts=run.balance.scope == "global",
     )
 
@@ -128,6 +129,8 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], int, dict[str, Any]]] = {
     "pp2": (2, {"pp": 2}, 2, {}),
     "pp2-zero-bubble-dp2": (4, {"pp": 2, "pp_schedule": "zero_bubble"}, 1, {}),
     "pp2-tp2-etp2-interleaved": (8, {"pp": 2, "tp": 2, "etp": 2, **PIPELINED}, 1, {}),
+    "muon-ep2-edp2": (4, {"ep": 2}, 2, {"optim": replace(OPTIM, kind="muon")}),
+    "muon-tp2-dp2": (4, {"tp": 2}, 4, {"optim": replace(OPTIM, kind="muon")}),
     "recompute": (4, {"ep": 2, "cp": 2}, 2, {"engine": {"recompute": "full"}, "balance": replace(BALANCE, scope="global")}),
 }
 FAST = ("dp2", "tp2-cp2-ep4", "cp2-ulysses-ep4", "tp2-etp2-dp2", "pp2-zero-bubble-dp2")
