@@ -357,13 +357,14 @@ def muon(w: Workload) -> list[Traffic]:
 
 
 def bookkeeping(w: Workload) -> list[Traffic]:
-    """Labelled tokens, loss and router statistics, clip norm: one small all-reduce each per step; expert counts if asked for."""
+    """Labelled tokens, loss and router statistics, clip norm: one small all-reduce each per step; expert counts if asked for.
+
+    Recomputation ends before it would count again: nothing that backward needs comes after.
+    """
     model = w.model
     statistics = 1 + (model.n_layers * (2 * model.n_experts + 1) if model.is_moe else 0)
     dp = w.parallel.data_parallel_size(w.world_size)
-    counts = Traffic(
-        "tokens", "expert counts", "all_reduce", model.n_experts * INT64, w.world_size // w.parallel.pp, w.blocks + w.again
-    )
+    counts = Traffic("tokens", "expert counts", "all_reduce", model.n_experts * INT64, w.world_size // w.parallel.pp, w.blocks)
     return [
         *([counts] if w.global_counts else []),
         Traffic("dp", "tokens and labelled tokens", "all_reduce", 2 * INT64, dp, 1),
