@@ -1,6 +1,6 @@
 """Blocks that `megagrin kernels tune` tries beside the fallback, by major number of the compute capability.
 
-Two-byte dtypes. tests/kernels/test_offline_compile.py compiles every one: no spills, within the shared memory of the architecture.
+Two-byte dtypes. tests/kernels/test_offline_compile.py compiles every one: no spills, within the architecture's shared memory.
 Where nothing is listed, the fallback stands.
 """
 
