@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor
 from megagrin.models.transformer import ModelConfig, Transformer
 from megagrin.moe.router import RouterConfig
 
-FORMAT = 1
+FORMAT = 2  # 1 kept all gate rows of an expert before all up rows
 _NAME = re.compile(r"step_(\d{8})")
 _META = "checkpoint.json"
 

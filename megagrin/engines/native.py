@@ -223,6 +223,7 @@ class NativeEngine:
             micro_batches=mesh.size("pp"),
             itemsize=compute_dtype.itemsize,
             tp=mesh.size("tp"),
+            ep=mesh.size("ep"),
             etp=mesh.size("etp"),
         )
 

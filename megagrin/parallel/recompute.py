@@ -37,6 +37,7 @@ class Recompute:
         micro_batches: for budget, how many are between their forward and their backward pass at a time.
         itemsize: for budget, bytes of a number of the compute dtype.
         tp: for budget, ranks that gather each other's tokens for attention and dense MLP.
+        ep: for budget, ranks that experts are split over.
         etp: for budget, ranks that gather each other's rows for the experts.
     """
 
@@ -47,6 +48,7 @@ class Recompute:
     micro_batches: int = 1
     itemsize: int = 2
     tp: int = 1
+    ep: int = 1
     etp: int = 1
 
 
@@ -119,7 +121,7 @@ class _ForgetNorms:
             self._outputs.clear()
 
 
-def block_bytes(model: ModelConfig, tokens: int, itemsize: int, tp: int = 1, etp: int = 1) -> int:
+def block_bytes(model: ModelConfig, tokens: int, itemsize: int, tp: int = 1, ep: int = 1, etp: int = 1) -> int:
     """Bytes that a block keeps for backward, counted from the shapes; experts are taken to be balanced over the ranks.
 
     Args:
@@ -127,6 +129,7 @@ def block_bytes(model: ModelConfig, tokens: int, itemsize: int, tp: int = 1, etp
         tokens: of a micro-batch on this rank between the blocks.
         itemsize: bytes of a number of the compute dtype.
         tp, etp: what tokens, or rows of experts, are multiplied by where matrices are cut; the cut divides widths alike.
+        ep: above 1 experts keep the rows that came to them, else the tokens that they gather rows from.
     """
     wide = max(4, itemsize)
     query, key_value = model.n_heads * model.head_dim, 2 * model.n_kv_heads * model.head_dim
@@ -136,8 +139,12 @@ def block_bytes(model: ModelConfig, tokens: int, itemsize: int, tp: int = 1, etp
     if model.is_moe:
         # The router's input; its logits for two losses; each draw's softmax, mask and choice.
         per_token += wide * (model.d_model + 2 * model.n_experts + 1) + model.top_k * (model.n_experts * (wide + 1) + 8)
-        # Each row, what it becomes before the activation, its two weights, and where it came from, twice.
-        per_token += model.top_k * (itemsize * (etp * model.d_model + 2 * model.d_ff) + 2 * wide + 16)
+        # What each row becomes before the activation, its two weights, and three indices of where it came from and goes.
+        per_token += model.top_k * (itemsize * 2 * model.d_ff + 2 * wide + 24)
+        if ep > 1 or etp > 1:
+            per_token += (model.top_k if ep > 1 else 1) * itemsize * etp * model.d_model
+        elif itemsize < wide:  # else it is the router's input
+            per_token += itemsize * model.d_model
     else:
         per_token += itemsize * (tp * model.d_model + 4 * model.d_ff)
     return tokens * per_token
@@ -199,7 +206,7 @@ def apply_recompute(model: Transformer, recompute: Recompute) -> None:
         return
     count = len(blocks) if recompute.mode == "full" else 0
     if recompute.mode == "budget":
-        kept = block_bytes(model.config, recompute.tokens, recompute.itemsize, recompute.tp, recompute.etp)
+        kept = block_bytes(model.config, recompute.tokens, recompute.itemsize, recompute.tp, recompute.ep, recompute.etp)
         boundary = recompute.tokens * model.config.d_model * recompute.itemsize
         count = blocks_to_recompute(kept, boundary, len(blocks), recompute.micro_batches, recompute.budget)
     for block in blocks[:count]:
