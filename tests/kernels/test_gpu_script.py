@@ -28,6 +28,7 @@ def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_dry_run_walks_all_stages(tmp_path: Path) -> None:
     done = run(tmp_path, MEGAGRIN_GPU_DRY="1")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
@@ -42,6 +43,7 @@ def test_a_dry_run_walks_all_stages(tmp_path: Path) -> None:
     assert "failed" not in log.lower().replace("failed:", "")
 
 
+@pytest.mark.slow
 def test_a_failing_stage_does_not_stop_the_next(tmp_path: Path) -> None:
     """A folder is in the way of the JSON file of the benchmark."""
     (tmp_path / "moe_layer.json").mkdir()
