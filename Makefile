@@ -30,10 +30,11 @@ test: setup  ## the fast suite, under 10 minutes on 2 cores
 	@$(BIN)/python -m pytest -m 'not slow and not gpu' --ignore=tests/kernels_interpret
 	@TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels_interpret
 
-test-slow: setup  ## the long suites
-	@$(BIN)/python -m pytest -m 'slow and not gpu' --ignore=tests/kernels_interpret --timeout 900
+test-slow: setup  ## the slow suites
+	@$(BIN)/python -m pytest -m 'slow and not long and not gpu' --ignore=tests/kernels_interpret --timeout 900
 
 test-all: test test-slow  ## everything that needs no GPU
+	@$(BIN)/python -m pytest -m 'long and not gpu' --ignore=tests/kernels_interpret --timeout 900
 
 lint: setup  ## ruff and shellcheck
 	@$(BIN)/ruff check .

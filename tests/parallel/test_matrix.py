@@ -94,7 +94,7 @@ def test_layout(gloo: GlooPool, name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["fp32", "fp64"])
+@pytest.mark.parametrize("dtype", [pytest.param("fp32", marks=pytest.mark.long), "fp64"])
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_layout_over_20_steps(gloo: GlooPool, name: str, dtype: str) -> None:
     """The claim of the project: the same recipe is the same run on every layout."""

@@ -89,6 +89,7 @@ def test_random_layouts(gloo: GlooPool) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_many_random_layouts(gloo: GlooPool) -> None:
     """More of them."""
     settings(max_examples=MANY_EXAMPLES, **FIXED)(given(valid_runs())(lambda case: _check_valid(gloo, case)))()
