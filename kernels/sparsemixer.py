@@ -7,7 +7,8 @@ under Triton's interpreter).
 integers. The softmax that is sampled from is `reproducible_softmax`: only operations that IEEE 754 rounds to one possible result
 (+, −, ×, 1/x, conversions) in a fixed order, and a sum in integers, whose order does not matter. So equal logits give equal
 experts on CPU and GPU, whatever the tile or the launch. A library's exponential would not: those of two devices differ in the
-last bit, which moves one draw in some 10^7. (Logits are sums over the model width, and those do differ between devices.)
+last bit, which moves a draw now and then (none of 13 million in a trial; a long run makes 10^12). Logits are sums over the model
+width, and those do differ between devices.
 
 Shape suffixes: T tokens, E experts, K experts per token.
 """
