@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, library
 from torch.autograd.function import once_differentiable
 
 from megagrin.kernels.backend import use_triton
@@ -42,7 +42,7 @@ class VocabShard:
     group: dist.ProcessGroup
 
 
-@torch.library.custom_op("megagrin::cross_entropy_statistics", mutates_args=())
+@library.custom_op("megagrin::cross_entropy_statistics", mutates_args=())
 def cross_entropy_statistics(logit_CV: Tensor, label_C: Tensor, first: int) -> tuple[Tensor, Tensor, Tensor]:
     """Per token over one shard: largest logit, Σ e^(logit − largest), logit of the label.
 
@@ -77,7 +77,7 @@ def _(logit_CV: Tensor, label_C: Tensor, first: int) -> tuple[Tensor, Tensor, Te
     return max_C, sum_C, target_C
 
 
-@torch.library.custom_op("megagrin::cross_entropy_gradient_", mutates_args={"logit_CV"})
+@library.custom_op("megagrin::cross_entropy_gradient_", mutates_args={"logit_CV"})
 def cross_entropy_gradient_(logit_CV: Tensor, label_C: Tensor, lse_C: Tensor, first: int) -> None:
     """Turn logits into their gradient in place: e^(logit − lse) − one-hot(label), zeros where the label is IGNORE.
 

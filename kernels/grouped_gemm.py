@@ -11,7 +11,7 @@ Shape suffixes: R routed rows, E experts, N output features, K input features.
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from megagrin.kernels.backend import tma_rows, use_triton
 
@@ -94,7 +94,7 @@ def _wgrad_loop(dy_RN: Tensor, x_RK: Tensor, counts_E: Tensor, dw_ENK: Tensor) -
         dw_ENK[expert].zero_()
 
 
-@torch.library.custom_op("megagrin::m_grouped", mutates_args=())
+@library.custom_op("megagrin::m_grouped", mutates_args=())
 def _m_grouped(x_RK: Tensor, w_ENK: Tensor, counts_E: Tensor, dgrad: bool) -> Tensor:
     if use_triton(x_RK) and tma_rows(x_RK.dtype, *w_ENK.shape[1:]):
         from megagrin.kernels.grouped_gemm_triton import run_m_grouped
@@ -111,7 +111,7 @@ def _(x_RK: Tensor, w_ENK: Tensor, counts_E: Tensor, dgrad: bool) -> Tensor:
     return x_RK.new_empty(x_RK.shape[0], w_ENK.shape[2 if dgrad else 1])
 
 
-@torch.library.custom_op("megagrin::k_grouped_wgrad", mutates_args=())
+@library.custom_op("megagrin::k_grouped_wgrad", mutates_args=())
 def _k_grouped_wgrad(dy_RN: Tensor, x_RK: Tensor, counts_E: Tensor, out_dtype: torch.dtype) -> Tensor:
     if use_triton(dy_RN) and tma_rows(dy_RN.dtype, dy_RN.shape[1], x_RK.shape[1]):
         from megagrin.kernels.grouped_gemm_triton import run_wgrad
@@ -129,7 +129,7 @@ def _(dy_RN: Tensor, x_RK: Tensor, counts_E: Tensor, out_dtype: torch.dtype) -> 
     return dy_RN.new_empty(counts_E.shape[0], dy_RN.shape[1], x_RK.shape[1], dtype=out_dtype)
 
 
-@torch.library.custom_op("megagrin::k_grouped_wgrad_", mutates_args={"into_ENK"})
+@library.custom_op("megagrin::k_grouped_wgrad_", mutates_args={"into_ENK"})
 def _k_grouped_wgrad_into(dy_RN: Tensor, x_RK: Tensor, counts_E: Tensor, into_ENK: Tensor) -> None:
     if use_triton(dy_RN) and tma_rows(dy_RN.dtype, dy_RN.shape[1], x_RK.shape[1]):
         from megagrin.kernels.grouped_gemm_triton import run_wgrad

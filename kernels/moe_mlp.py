@@ -18,7 +18,7 @@ Shape suffixes: T tokens, R routed rows, K experts per token, D model width, F e
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from megagrin.kernels.backend import tma_rows, use_triton
 from megagrin.kernels.grouped_gemm import check_grouped, k_grouped_wgrad, m_grouped, m_grouped_dgrad
@@ -39,7 +39,7 @@ def _use_kernels(x: Tensor, down_EDF: Tensor) -> bool:
     return use_triton(x) and tma_rows(x.dtype, *down_EDF.shape[1:])
 
 
-@torch.library.custom_op("megagrin::expert_mlp", mutates_args=())
+@library.custom_op("megagrin::expert_mlp", mutates_args=())
 def _expert_mlp(
     x: Tensor,
     gate_up_E2FD: Tensor,
@@ -79,7 +79,7 @@ def _(
     return x.new_empty(rows, x.shape[1]), x.new_empty(rows if save_h else 0, gate_up_E2FD.shape[1])
 
 
-@torch.library.custom_op("megagrin::expert_mlp_backward", mutates_args=())
+@library.custom_op("megagrin::expert_mlp_backward", mutates_args=())
 def _expert_mlp_backward(
     dy_RD: Tensor,
     x: Tensor,

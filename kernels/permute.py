@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from megagrin.kernels.backend import use_triton
 
@@ -40,7 +40,7 @@ class SortPlan:
         return SortPlan(self.order_R, self.place_TK.reshape(-1, 1), self.counts_E, self.order_R)
 
 
-@torch.library.custom_op("megagrin::sort_by_expert", mutates_args=())
+@library.custom_op("megagrin::sort_by_expert", mutates_args=())
 def _sort(expert_TK: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if use_triton(expert_TK):
         from megagrin.kernels.permute_triton import run_sort
@@ -82,7 +82,7 @@ def _use_kernels(x: Tensor) -> bool:
     return use_triton(x) and x.dtype in _KERNEL_DTYPES and x.shape[1] >= _MIN_WIDTH
 
 
-@torch.library.custom_op("megagrin::gather_rows", mutates_args=())
+@library.custom_op("megagrin::gather_rows", mutates_args=())
 def gather_rows(x_TD: Tensor, source_R: Tensor, place_TK: Tensor) -> Tensor:
     """x[source]: (T, D) -> (R, D), the op behind `permute`."""
     if _use_kernels(x_TD):
@@ -97,7 +97,7 @@ def _(x_TD: Tensor, source_R: Tensor, place_TK: Tensor) -> Tensor:
     return x_TD.new_empty(source_R.shape[0], x_TD.shape[1])
 
 
-@torch.library.custom_op("megagrin::gather_sum", mutates_args=())
+@library.custom_op("megagrin::gather_sum", mutates_args=())
 def gather_sum(y_RD: Tensor, source_R: Tensor, place_TK: Tensor) -> Tensor:
     """Σ_k y[place[t, k]]: (R, D) -> (T, D), the op behind `unpermute`. Sums in fp32 at least, rounds once."""
     if _use_kernels(y_RD):

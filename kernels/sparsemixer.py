@@ -16,7 +16,7 @@ Shape suffixes: T tokens, E experts, K experts per token.
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 _FIXED_POINT = 1 << 30
 # A tile holds whole rows of logits.
@@ -71,7 +71,7 @@ class Routed(NamedTuple):
     counts_E: Tensor
 
 
-@torch.library.custom_op("megagrin::sparsemixer", mutates_args=())
+@library.custom_op("megagrin::sparsemixer", mutates_args=())
 def _sparsemixer(
     z_TE: Tensor,
     token_T: Tensor | None,
@@ -101,7 +101,7 @@ def _(z_TE: Tensor, token_T: Tensor | None, top_k: int, *_rest: Any) -> tuple[Te
     return expert_TK, weight_TK, backward_weight_TK, z_TE.new_empty((n_experts,)), z_TE.new_empty(()), counts_E
 
 
-@torch.library.custom_op("megagrin::sparsemixer_backward", mutates_args=())
+@library.custom_op("megagrin::sparsemixer_backward", mutates_args=())
 def _sparsemixer_backward(
     z_TE: Tensor,
     expert_TK: Tensor,

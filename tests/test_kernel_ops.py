@@ -1,4 +1,4 @@
-"""The kernels as torch.library ops: schemas, fakes and autograd checked by torch; torch.compile, checkpointing and FakeTensor.
+"""The kernels as PyTorch operators: schemas, fakes and autograd checked by torch; torch.compile, checkpointing and FakeTensor.
 
 Shape suffixes: T tokens, R routed rows, K experts per token, D model width, F expert width, E experts.
 """
@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, library
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
@@ -62,7 +62,7 @@ def op_cases() -> Iterator[tuple[str, Callable, tuple]]:
 @pytest.mark.parametrize(("op", "arguments"), [pytest.param(op, args, id=name) for name, op, args in op_cases()])
 def test_registration(op: Callable, arguments: tuple) -> None:
     """torch's own check: schema, autograd registration, the fake against the real op, and AOT autograd with dynamic shapes."""
-    torch.library.opcheck(op, arguments)
+    library.opcheck(op, arguments)
 
 
 def moe_layer() -> MoELayer:

@@ -10,7 +10,7 @@ import torch
 from helpers import GlooPool
 from interpreted import normal, poisoned_memory
 from test_cross_entropy_shards import make_inputs, run_shard
-from torch import Tensor
+from torch import Tensor, library
 
 from megagrin.kernels import cross_entropy
 from megagrin.kernels.backend import use_triton
@@ -126,5 +126,5 @@ def test_shards_on_two_ranks(gloo: GlooPool, vocab: int) -> None:
 def test_ops_are_registered_as_torch_wants_them() -> None:
     """Schema (what is mutated), and the fake tensors, by torch's own checker."""
     logit_CV, label_C = normal(3, 7, seed=1, dtype=torch.float32), torch.tensor([0, -100, 6])
-    torch.library.opcheck(torch.ops.megagrin.cross_entropy_statistics.default, (logit_CV, label_C, 0))
-    torch.library.opcheck(torch.ops.megagrin.cross_entropy_gradient_.default, (logit_CV, label_C, torch.ones(3), 0))
+    library.opcheck(torch.ops.megagrin.cross_entropy_statistics.default, (logit_CV, label_C, 0))
+    library.opcheck(torch.ops.megagrin.cross_entropy_gradient_.default, (logit_CV, label_C, torch.ones(3), 0))

@@ -20,7 +20,7 @@ from test_router_gradient import (
     expert_table,
     replay,
 )
-from torch import Tensor
+from torch import Tensor, library
 
 from megagrin import rng
 from megagrin.kernels import sparsemixer_triton
@@ -218,14 +218,12 @@ def test_op_is_registered_as_torch_wants_it() -> None:
     """Schema, autograd registration and the fake tensors, by torch's own checker."""
     for token in (torch.arange(9), None):
         rest = (token, 2, 3, 4, 5, 0.6, False, 1.0, 1 << 30, 1.0)
-        torch.library.opcheck(torch.ops.megagrin.sparsemixer.default, (logits(9, 5), *rest))
+        library.opcheck(torch.ops.megagrin.sparsemixer.default, (logits(9, 5), *rest))
         # Its gradient check adds all outputs up, and stumbles over an integer one before a float one: the next test stands in.
         utilities = ("test_schema", "test_autograd_registration", "test_faketensor")
-        torch.library.opcheck(
-            torch.ops.megagrin.sparsemixer.default, (logits(9, 5).requires_grad_(), *rest), test_utils=utilities
-        )
+        library.opcheck(torch.ops.megagrin.sparsemixer.default, (logits(9, 5).requires_grad_(), *rest), test_utils=utilities)
     arguments = (logits(9, 5), torch.zeros(9, 2, dtype=torch.int64), logits(9, 2), logits(1, 5)[0], torch.ones(()))
-    torch.library.opcheck(torch.ops.megagrin.sparsemixer_backward.default, (*arguments, 0.6, False, 1.0, 1.0))
+    library.opcheck(torch.ops.megagrin.sparsemixer_backward.default, (*arguments, 0.6, False, 1.0, 1.0))
 
 
 def test_compiled_router_equals_eager() -> None:
