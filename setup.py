@@ -38,7 +38,7 @@ setup(
         "hf": HF,
         "plot": PLOT,
         "tensorboard": TENSORBOARD,
-        "test": TEST + LINT + HF + PLOT + TENSORBOARD + PEERS,
+        "test": TEST + LINT + HF + PLOT + TENSORBOARD + PEERS + DEEPSPEED,
         "all": DEEPSPEED + WANDB + HF + PLOT + TENSORBOARD + TEST + LINT + PEERS,
     },
     entry_points={"console_scripts": ["megagrin = megagrin.cli:main"]},

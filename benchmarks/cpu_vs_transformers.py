@@ -20,7 +20,8 @@ from pathlib import Path
 import torch
 
 from megagrin.data.loader import Batch
-from megagrin.engines.native import EngineConfig, NativeEngine
+from megagrin.engines.base import EngineConfig
+from megagrin.engines.native import NativeEngine
 from megagrin.models.grin import GRIN_TINY as MODEL
 from megagrin.moe.balance import BalanceConfig
 from megagrin.moe.router import RouterConfig

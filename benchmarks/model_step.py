@@ -19,7 +19,8 @@ import torch
 from moe_report import environment
 
 from megagrin.data.loader import Batch
-from megagrin.engines.native import EngineConfig, NativeEngine
+from megagrin.engines.base import EngineConfig
+from megagrin.engines.native import NativeEngine
 from megagrin.flops import flops_per_token, peak_flops
 from megagrin.models.grin import PRESETS
 from megagrin.models.transformer import ModelConfig

@@ -16,7 +16,8 @@ from collections.abc import Callable
 import torch
 
 from megagrin.data.loader import Batch
-from megagrin.engines.native import EngineConfig, NativeEngine
+from megagrin.engines.base import EngineConfig
+from megagrin.engines.native import NativeEngine
 from megagrin.models.grin import GRIN_TINY as MODEL
 from megagrin.models.init import init_parameters
 from megagrin.models.transformer import Transformer

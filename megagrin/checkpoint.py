@@ -10,9 +10,10 @@ import json
 import re
 import shutil
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -24,9 +25,11 @@ from torch.distributed.tensor import DTensor
 from megagrin.models.transformer import ModelConfig, Transformer
 from megagrin.moe.router import RouterConfig
 
+Format = Literal["native", "deepspeed"]
 FORMAT = 2  # 1 kept all gate rows of an expert before all up rows
 _NAME = re.compile(r"step_(\d{8})")
 _META = "checkpoint.json"
+DEEPSPEED_FOLDER = "deepspeed"  # holds what DeepSpeed wrote, in a checkpoint of its format
 
 
 @dataclass(frozen=True)
@@ -36,10 +39,13 @@ class CheckpointConfig:
     Attributes:
         interval: optimizer steps between checkpoints; 0 saves only at the end of the run.
         keep: newest checkpoints that stay on disk; 0 keeps all.
+        format: native: tensors that any layout and either engine continue from; deepspeed: DeepSpeed's own files, which the same
+            layout of engine.kind deepspeed continues from (`megagrin convert-checkpoint` converts them).
     """
 
     interval: int = 500
     keep: int = 3
+    format: Format = "native"
 
     def violations(self) -> list[str]:
         """Every broken rule of this section, as `field: value and rule`."""
@@ -104,15 +110,21 @@ def read_info(path: Path) -> CheckpointInfo:
         raise ValueError(f"{path / _META}: not a checkpoint description ({error!r})") from error
 
 
+def format_of(path: Path) -> Format:
+    """Who wrote a checkpoint's tensors."""
+    return "deepspeed" if (path / DEEPSPEED_FOLDER).is_dir() else "native"
+
+
 def _write_info(path: Path, info: CheckpointInfo) -> None:
     (path / _META).write_text(json.dumps({"format": FORMAT, **dataclasses.asdict(info)}, indent=1))
 
 
-def _model_tensors(model: nn.Module) -> dict[str, Tensor]:
+def model_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters under their names in a checkpoint."""
     return {f"model.{name}": parameter.detach() for name, parameter in model.named_parameters()}
 
 
-def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The optimizer's moments under their parameter's name; made as zeros where no step was taken yet."""
     tensors = {}
     muon = {parameter for group in optimizer.param_groups if group.get("muon") for parameter in group["params"]}
@@ -125,20 +137,47 @@ def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> di
     return tensors
 
 
-def save(
-    run_dir: Path, model: nn.Module, optimizer: torch.optim.Optimizer, extra: dict[str, Tensor], info: CheckpointInfo
-) -> Path:
+def set_steps(optimizer: torch.optim.Optimizer, step: int) -> None:
+    """Let AdamW's bias correction count on from `step` optimizer steps done."""
+    for state in optimizer.state.values():
+        if "exp_avg" in state:
+            state["step"] = torch.tensor(float(step), device=state["exp_avg"].device)
+    for group in optimizer.param_groups:
+        if "step" in group:  # apex counts once for a group
+            group["step"] = step
+
+
+def save(run_dir: Path, tensors: dict[str, Tensor], info: CheckpointInfo) -> Path:
     """Write and commit `run_dir/checkpoints/step_<step>`; every rank calls it.
 
     Args:
         run_dir: the run folder, on a file system that all ranks share.
-        model: its parameters, sharded or not.
-        optimizer: over the same parameters.
-        extra: further tensors, equal on all ranks.
+        tensors: by name, sharded (DTensors) or equal on all ranks.
         info: goes into `checkpoint.json`.
 
     Returns:
         The committed folder.
+    """
+    return commit(run_dir, info, lambda folder: write_tensors(folder, tensors))
+
+
+def write_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
+    """Write tensors as safetensors into an existing folder, each rank its shards; every rank calls it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=UserWarning)  # DCP warns about features that are not used here
+        dcp.save(tensors, storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))
+
+
+def commit(run_dir: Path, info: CheckpointInfo, write: Callable[[Path], None]) -> Path:
+    """Let every rank write into a hidden folder, and give it its name when all are done; every rank calls it.
+
+    Args:
+        run_dir: the run folder, on a file system that all ranks share.
+        info: goes into `checkpoint.json`.
+        write: gets the folder, which exists and is empty.
+
+    Returns:
+        The committed folder `run_dir/checkpoints/step_<step>`.
     """
     target = run_dir / "checkpoints" / f"step_{info.step:08d}"
     partial = target.with_name(f".{target.name}.partial")
@@ -147,11 +186,8 @@ def save(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     dist.barrier()
-    tensors = {**_model_tensors(model), **_optimizer_tensors(model, optimizer)}
-    tensors |= {f"extra.{name}": tensor for name, tensor in extra.items()}
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", category=UserWarning)  # DCP warns about features that are not used here
-        dcp.save(tensors, storage_writer=HuggingFaceStorageWriter(str(partial), save_distributed=True))
+    write(partial)
+    dist.barrier()
     if main:
         _write_info(partial, info)
         shutil.rmtree(target, ignore_errors=True)
@@ -160,34 +196,22 @@ def save(
     return target
 
 
-def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None, extra: dict[str, Tensor], step: int) -> None:
+def load(path: Path, tensors: dict[str, Tensor]) -> None:
     """Read a checkpoint into existing tensors, whatever layout wrote it; every rank calls it.
 
     Args:
         path: a committed checkpoint.
-        model: filled in place.
-        optimizer: filled in place; None leaves it alone (weights only).
-        extra: filled in place.
-        step: optimizer steps done, AdamW's bias correction counts on from there.
+        tensors: by name, filled in place.
 
     Raises:
         ValueError: a tensor is missing or has another shape.
     """
-    tensors = _model_tensors(model)
-    if optimizer is not None:
-        tensors |= _optimizer_tensors(model, optimizer)
-    tensors |= {f"extra.{name}": tensor for name, tensor in extra.items()}
     _read(path, tensors, no_dist=False)
-    if optimizer is not None:
-        for state in optimizer.state.values():
-            if "exp_avg" in state:
-                state["step"] = torch.tensor(float(step), device=state["exp_avg"].device)
-        for group in optimizer.param_groups:
-            if "step" in group:  # apex counts once for a group
-                group["step"] = step
 
 
 def _read(path: Path, tensors: dict[str, Tensor], no_dist: bool) -> None:
+    if format_of(path) == "deepspeed":
+        raise ValueError(f"{path}: holds DeepSpeed's own files; `megagrin convert-checkpoint` makes a native checkpoint of them")
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", category=UserWarning)
@@ -213,7 +237,7 @@ def load_model(path: Path) -> tuple[Transformer, dict[str, Any]]:
     path = find(path)
     info = read_info(path)
     model = Transformer(ModelConfig(**info.run["model"]), RouterConfig(**info.run["router"]))
-    _read(path, _model_tensors(model), no_dist=True)
+    _read(path, model_tensors(model), no_dist=True)
     return model.eval(), info.run
 
 
@@ -236,7 +260,7 @@ def save_model(path: Path, model: Transformer, run: dict[str, Any]) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=UserWarning)
         writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
-        dcp.save(_model_tensors(model), storage_writer=writer, no_dist=True)
+        dcp.save(model_tensors(model), storage_writer=writer, no_dist=True)
     _write_info(partial, CheckpointInfo(0, 0, run))
     partial.rename(path)
 

@@ -49,6 +49,7 @@ def parse(
     Raises:
         ValueError: unknown key (names the nearest right one), value of a wrong type, unreadable recipe.
     """
+    argv = _spell_out(argv, root)
     parser = build_parser(root, prog, description)
     if extra is not None:
         extra(parser)
@@ -65,6 +66,22 @@ def parse(
     # The parser lets null through in a file, as if the key had not been given.
     check([f"{key}: null is not a value of this setting" for key in _unexpected_nulls(config)])
     return config, instance
+
+
+def _spell_out(argv: list[str], root: type) -> list[str]:
+    """`--section=x` and `--section x` as `--section.kind=x`, for sections that have a kind."""
+    hints = get_type_hints(root)
+    kinds = {name for name, hint in hints.items() if "kind" in getattr(hint, "__dataclass_fields__", {})}
+    spelled: list[str] = []
+    for argument in argv:
+        option, equals, value = argument.partition("=")
+        if spelled and spelled[-1].removeprefix("--") in kinds:
+            spelled[-1] = f"{spelled[-1]}.kind={argument}"
+        elif equals and option.removeprefix("--") in kinds:
+            spelled.append(f"{option}.kind={value}")
+        else:
+            spelled.append(argument)
+    return spelled
 
 
 def save(config: Any, path: Path) -> None:

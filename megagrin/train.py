@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from megagrin import config
-from megagrin.engines.native import StepResult
+from megagrin.engines.base import StepResult
 from megagrin.flops import flops_per_token, model_flops_utilization, peak_flops
 from megagrin.metrics import MetricsLogger, expert_load
 from megagrin.optim import learning_rate

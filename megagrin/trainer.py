@@ -7,12 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from megagrin import checkpoint, config
 from megagrin.checkpoint import CheckpointConfig, CheckpointInfo
 from megagrin.data.loader import Batch, DataConfig, GlobalBatches, evaluation_batches
-from megagrin.engines.native import EngineConfig, NativeEngine
+from megagrin.engines.base import Engine, EngineConfig
+from megagrin.engines.deepspeed import DeepSpeedEngine
+from megagrin.engines.native import NativeEngine
+from megagrin.engines.zero_settings import violations as kind_violations
 from megagrin.metrics import MetricsConfig
 from megagrin.models.grin import PRESETS
 from megagrin.models.transformer import ModelConfig
@@ -26,6 +27,8 @@ from megagrin.runtime import Runtime, RuntimeConfig
 DESCRIPTION = f"""Train a model. Start more than one process with torchrun (see launch/).
 
 Presets for model.preset: {", ".join(PRESETS)}. A run folder that holds a checkpoint is continued from its newest one."""
+
+ENGINES: dict[str, type[Engine]] = {"native": NativeEngine, "deepspeed": DeepSpeedEngine}
 
 # What a resumed run may not change: another model cannot take the weights, and another batch or seed would be another run.
 FIXED_ON_RESUME = (
@@ -103,6 +106,9 @@ class RunConfig:
         broken += [*self.optim.violations(), *self.checkpoint.violations(), *self.metrics.violations()]
         broken += [*self.data.violations(), *self.runtime.violations(), *self.engine.violations()]
         broken += self.parallel.violations(world_size, self.model.n_experts)
+        broken += kind_violations(self.engine, self.optim, self.parallel)
+        if self.checkpoint.format == "deepspeed" and self.engine.kind != "deepspeed":
+            broken.append(f"checkpoint.format: deepspeed needs engine.kind deepspeed (it is {self.engine.kind})")
         train = self.train
         dp = self.parallel.data_parallel_size(world_size)
         positive = min(dp, train.global_batch_size, train.micro_batch_size) >= 1
@@ -220,7 +226,7 @@ class Trainer:
                 dp_size=self.mesh.dp_size,
                 **common,
             )
-        self.engine = NativeEngine(
+        self.engine = ENGINES[run.engine.kind](
             run.model,
             run.router,
             run.balance,
@@ -245,7 +251,7 @@ class Trainer:
         if found:
             info = checkpoint.read_info(found[-1])
             self._refuse_changes(info, found[-1])
-            checkpoint.load(found[-1], self.engine.model, self.engine.optimizer, self._extra(), info.step)
+            self.engine.load(found[-1], info.step)
             return info.step
         if self.run.train.init_from is not None:
             source = checkpoint.find(Path(self.run.train.init_from))
@@ -253,14 +259,16 @@ class Trainer:
             changes = config.changed_fields(saved, dataclasses.asdict(self.run.model))
             if changes := [change for change in changes if not change.startswith("preset:")]:
                 raise ValueError(f"train.init_from: {source} holds another model: {'; '.join(changes)}")
-            checkpoint.load(source, self.engine.model, None, {}, 0)
+            weights = self.engine.state(optimizer=False)
+            checkpoint.load(source, weights)
+            self.engine.load_state(weights, 0)
         return 0
 
     def save(self, step: int) -> Path:
         """Commit a checkpoint after `step` optimizer steps and delete what is not kept."""
         samples = step * self.run.train.global_batch_size
         info = CheckpointInfo(step, samples, dataclasses.asdict(self.run), self.batches.fingerprint)
-        path = checkpoint.save(self.run_dir, self.engine.model, self.engine.optimizer, self._extra(), info)
+        path = checkpoint.commit(self.run_dir, info, lambda folder: self.engine.save(folder, self.run.checkpoint.format))
         if self.runtime.is_main:
             checkpoint.prune(self.run_dir, self.run.checkpoint.keep)
         return path
@@ -268,9 +276,6 @@ class Trainer:
     def evaluate(self) -> float:
         """Mean cross entropy over the validation samples, nats per token."""
         return self.engine.evaluate(self.valid)
-
-    def _extra(self) -> dict[str, torch.Tensor]:
-        return {"previous_load": self.engine.previous_f_LE}
 
     def _refuse_changes(self, info: CheckpointInfo, path: Path) -> None:
         changes = config.changed_fields(info.run, dataclasses.asdict(self.run))

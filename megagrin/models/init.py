@@ -45,18 +45,26 @@ def fill_normal(parameter: Tensor, key: tuple[int, int], std: float) -> None:
 
 
 @torch.no_grad()
-def init_parameters(model: nn.Module, config: ModelConfig, seed: int) -> None:
-    """Fill every parameter in place.
+def init_parameter(name: str, parameter: Tensor, config: ModelConfig, seed: int) -> None:
+    """Fill a parameter, or this rank's shard of it, in place.
 
     Matrices are normal with std init_std; outputs into the residual stream (o_proj, down_proj) have init_std/sqrt(2·n_layers),
     GPT-2's scheme. LayerNorm weights are 1, biases 0.
+
+    Args:
+        name: in the whole model.
     """
+    local, _ = _shard(parameter)
+    if name.endswith("norm.weight"):
+        local.fill_(1.0)
+    elif name.endswith("bias"):
+        local.zero_()
+    elif local.numel():
+        scale = 1 / math.sqrt(2 * config.n_layers) if name.endswith(_RESIDUAL_OUTPUTS) else 1.0
+        fill_normal(parameter, rng.stream_key(seed, name), config.init_std * scale)
+
+
+def init_parameters(model: nn.Module, config: ModelConfig, seed: int) -> None:
+    """Fill every parameter in place, see `init_parameter`."""
     for name, parameter in model.named_parameters():
-        local, _ = _shard(parameter)
-        if name.endswith("norm.weight"):
-            local.fill_(1.0)
-        elif name.endswith("bias"):
-            local.zero_()
-        elif local.numel():
-            scale = 1 / math.sqrt(2 * config.n_layers) if name.endswith(_RESIDUAL_OUTPUTS) else 1.0
-            fill_normal(parameter, rng.stream_key(seed, name), config.init_std * scale)
+        init_parameter(name, parameter, config, seed)

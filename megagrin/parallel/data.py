@@ -5,6 +5,8 @@ rank count enters anywhere, and expert gradients, which reach an expert from all
 others by this reduction, need no factor of their own.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -15,8 +17,8 @@ from megagrin.parallel.expert import moe_layers
 from megagrin.parallel.mesh import ParallelMesh
 
 
-def _placement(shards: int):  # type: ignore[no-untyped-def]  # FSDP2's own callback type
-    """Shard a dimension that no other axis cuts; dimension 0, the only one that may be uneven, before the others.
+def shard_placement(shards: int) -> Callable[[nn.Parameter], Shard]:
+    """Where a parameter is sharded: along a dimension that no other axis cuts; dimension 0, which alone may be uneven, first.
 
     An expert's own dimensions come before the expert dimension: that one is short, and ep cuts it. No dimension is ever cut
     twice: DTensor's placement for that (_StridedShard) does not describe every uneven cut.
@@ -71,7 +73,7 @@ def shard_data_parallel(model: nn.Module, mesh: ParallelMesh, compute_dtype: tor
             mesh=on,
             mp_policy=policy,
             reshard_after_forward=reshard_after,
-            shard_placement_fn=_placement(on.size(on.ndim - 1)),
+            shard_placement_fn=shard_placement(on.size(on.ndim - 1)),
             ignored_params=alone,
         )
 

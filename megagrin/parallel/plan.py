@@ -16,7 +16,7 @@ def parallelize(
     model: Transformer,
     mesh: ParallelMesh,
     compute_dtype: torch.dtype,
-    reshard: bool,
+    reshard: bool | None,
     recompute: Recompute,
     compiled: bool,
 ) -> None:
@@ -26,7 +26,7 @@ def parallelize(
         model: on the meta device.
         mesh: the job's meshes.
         compute_dtype: dtype of matrix products.
-        reshard: see `shard_data_parallel`.
+        reshard: see `shard_data_parallel`; None leaves data parallelism to an engine that has its own.
         recompute: see `apply_recompute`.
         compiled: see `compile_dense`.
     """
@@ -39,4 +39,5 @@ def parallelize(
     if compiled:
         compile_dense(model)
     apply_recompute(model, recompute)
-    shard_data_parallel(model, mesh, compute_dtype, reshard)
+    if reshard is not None:
+        shard_data_parallel(model, mesh, compute_dtype, reshard)

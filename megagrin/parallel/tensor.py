@@ -92,7 +92,8 @@ def _cut_vocabulary(weight: Tensor, mesh: ParallelMesh) -> Tensor:
 
 
 def _vocabulary_rows(weight: Tensor, first: int, rows: int, group: dist.ProcessGroup) -> Tensor:
-    return weight.to_local() if isinstance(weight, DTensor) else slice_replicated(weight, first, rows, group)
+    local = local_tensor(weight)
+    return local if local.shape[0] == rows else slice_replicated(local, first, rows, group)
 
 
 class VocabEmbedding(nn.Module):

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from megagrin.data.loader import Batch
-from megagrin.engines.native import EngineConfig, NativeEngine
+from megagrin.engines.base import EngineConfig
+from megagrin.engines.native import NativeEngine
 from megagrin.models.grin import GRIN_TINY
 from megagrin.moe.balance import BalanceConfig
 from megagrin.moe.layer import MoELayer, TrainRouting

@@ -16,7 +16,8 @@ from torch.distributed.tensor import DTensor
 
 from megagrin import checkpoint
 from megagrin.data.loader import Batch
-from megagrin.engines.native import EngineConfig, NativeEngine
+from megagrin.engines.base import EngineConfig
+from megagrin.engines.native import NativeEngine
 from megagrin.models.transformer import ModelConfig
 from megagrin.moe.balance import BalanceConfig
 from megagrin.moe.router import Router, RouterConfig, Routing

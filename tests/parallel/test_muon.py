@@ -212,12 +212,11 @@ def run_resumed(run: Run, folder: str) -> tuple[dict[str, Tensor], dict[str, Ten
     for step in range(4):
         engine.train_step(micro_batches(run, step, engine.mesh), step, 1e-2)
         if step == 1:
-            extra = {"load": engine.previous_f_LE}
-            path = checkpoint.save(Path(folder), engine.model, engine.optimizer, extra, CheckpointInfo(2, 0, {}))
+            path = checkpoint.save(Path(folder), engine.state(), CheckpointInfo(2, 0, {}))
     whole = weights(engine)
     assert path is not None
     engine = build_engine(run)
-    checkpoint.load(path, engine.model, engine.optimizer, {"load": engine.previous_f_LE}, 2)
+    engine.load(path, 2)
     for step in (2, 3):
         engine.train_step(micro_batches(run, step, engine.mesh), step, 1e-2)
     return whole, weights(engine)

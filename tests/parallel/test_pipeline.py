@@ -126,15 +126,14 @@ def save_after_step(run: Run, folder: str) -> float:
     engine = build_engine(run)
     engine.train_step(micro_batches(run, 0, engine.mesh), 0, 1e-3)
     info = CheckpointInfo(1, SEQUENCES, {})
-    checkpoint.save(Path(folder), engine.model, engine.optimizer, {"previous_load": engine.previous_f_LE}, info)
+    checkpoint.save(Path(folder), engine.state(), info)
     return engine.evaluate(micro_batches(run, 1, engine.mesh))
 
 
 def load_and_continue(run: Run, folder: str) -> tuple[float, float, dict[str, torch.Tensor]]:
     """Evaluate what another layout saved, train on, and return the weights."""
     engine = build_engine(run)
-    extra = {"previous_load": engine.previous_f_LE}
-    checkpoint.load(checkpoint.find(Path(folder)), engine.model, engine.optimizer, extra, 1)
+    engine.load(checkpoint.find(Path(folder)), 1)
     held = checkpoint.gather(engine.model, engine.mesh.group("pp"))
     valid = engine.evaluate(micro_batches(run, 1, engine.mesh))
     return valid, engine.train_step(micro_batches(run, 1, engine.mesh), 1, 1e-3).loss, held

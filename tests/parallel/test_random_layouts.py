@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from megagrin.cli import main
 from megagrin.data.loader import DataConfig
-from megagrin.engines.native import EngineConfig
+from megagrin.engines.base import EngineConfig
 from megagrin.parallel.mesh import ParallelConfig
 from megagrin.trainer import RunConfig, TrainConfig
 

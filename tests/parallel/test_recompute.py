@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import CheckpointError
 
 from megagrin import rng
-from megagrin.engines.native import EngineConfig
+from megagrin.engines.base import EngineConfig
 from megagrin.models.init import init_parameters
 from megagrin.models.transformer import ModelConfig, Transformer
 from megagrin.moe.layer import TrainRouting

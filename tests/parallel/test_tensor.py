@@ -97,15 +97,13 @@ def train_and_save(run: Run, folder: str) -> None:
     """The first step, and a checkpoint."""
     engine = build_engine(run)
     engine.train_step(micro_batches(run, 0, engine.mesh), 0, learning_rate(run.optim, 0, run.steps))
-    extra = {"previous_load": engine.previous_f_LE}
-    checkpoint.save(Path(folder), engine.model, engine.optimizer, extra, CheckpointInfo(1, 8, {}))
+    checkpoint.save(Path(folder), engine.state(), CheckpointInfo(1, 8, {}))
 
 
 def resume(run: Run, folder: str) -> dict[str, Any]:
     """The steps behind the checkpoint."""
     engine = build_engine(run)
-    extra = {"previous_load": engine.previous_f_LE}
-    checkpoint.load(checkpoint.find(Path(folder)), engine.model, engine.optimizer, extra, 1)
+    engine.load(checkpoint.find(Path(folder)), 1)
     results = [
         engine.train_step(micro_batches(run, step, engine.mesh), step, learning_rate(run.optim, step, run.steps))
         for step in range(1, run.steps)
