@@ -22,13 +22,14 @@ def local_tensor(tensor: Tensor) -> Tensor:
 
 
 def exchange_counts(send_counts: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """All-to-all of equal blocks of integers: rank r receives block r of every rank. Not differentiable.
+    """All-to-all of equal blocks: rank r receives block r of every rank. Not differentiable.
 
     Args:
-        send_counts: int64 (ranks, …); block i goes to rank i.
+        send_counts: (ranks, …), any dtype; block i goes to rank i.
     """
-    received = torch.empty_like(send_counts)
-    dist.all_to_all_single(received, send_counts.contiguous(), group=group)
+    send = send_counts.contiguous()
+    received = torch.empty_like(send)
+    dist.all_to_all_single(received, send, group=group)
     return received
 
 
@@ -171,6 +172,26 @@ class _GatherStacked(torch.autograd.Function):
 def gather_stacked(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Every rank's x, equal in shape, stacked by rank: (ranks, …). Backward sums each rank's gradients and hands them back."""
     return _GatherStacked.apply(x, group)
+
+
+class _SwapBlocks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return exchange_counts(x, group)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return exchange_counts(grad, ctx.group), None
+
+
+def swap_blocks(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """All-to-all of equal blocks: (ranks, …), block i goes to rank i; block r of the result is from rank r.
+
+    Not an `Exchange`, which starts and waits apart: torch.compile knows no asynchronous collective and would break its graph.
+    """
+    return _SwapBlocks.apply(x, group)
 
 
 def _joined_sequence(stacked_PBsD: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from megagrin.data.loader import Batch
 from megagrin.models.transformer import Transformer
 from megagrin.nn.attention import AttentionCore, Reach, SequenceMask, attention_layers
-from megagrin.parallel.comm import all_to_all_rows, gather_stacked
+from megagrin.parallel.comm import gather_stacked, swap_blocks
 from megagrin.parallel.mesh import ParallelMesh
 
 
@@ -154,8 +154,7 @@ class UlyssesCore(nn.Module):
 
     def _swap(self, stacked: Tensor) -> Tensor:
         """Block r of dimension 0 to rank r."""
-        one_each = [1] * self.ranks
-        return all_to_all_rows(stacked, one_each, one_each, self.group)
+        return swap_blocks(stacked, self.group)
 
     def _whole_sequence(self, x_BXSC: Tensor) -> Tensor:
         return in_sequence_order(self._swap(x_BXSC.unflatten(1, (self.ranks, -1)).transpose(0, 1)))

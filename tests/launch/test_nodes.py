@@ -60,7 +60,7 @@ def assert_trained(processes: list[subprocess.Popen[str]], tmp_path: Path) -> No
     codes = [process.wait(WAIT_S) for process in processes]
     logs = "".join(path.read_text() for path in sorted(tmp_path.glob("*.log")))
     assert codes == [0, 0], logs
-    assert "2 ranks: dp 2; experts ep 2" in logs
+    assert "2 ranks: dp 2; experts edp 1 × ep 2" in logs
     assert last_step(tmp_path / "run") == 6
 
 

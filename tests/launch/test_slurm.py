@@ -86,7 +86,7 @@ def test_two_nodes_train_together(submit, tmp_path):
     job = submit()
     job.wait("COMPLETED")
     assert "2 nodes × 1 ranks" in job.log()
-    assert "2 ranks: dp 2; experts ep 2" in job.log()
+    assert "2 ranks: dp 2; experts edp 1 × ep 2" in job.log()
     assert last_step(tmp_path / "run") == 6
     nodes = sorted(folder.name for folder in (tmp_path / "logs" / job.number).iterdir())
     assert len(nodes) == 2
