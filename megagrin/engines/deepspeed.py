@@ -68,6 +68,7 @@ class DeepSpeedEngine(Engine):
 
         blocks: list[tuple[str, nn.Module]] = [(f"layers.{name}", block) for name, block in self.model.layers.named_children()]
         blocks += [(name, child) for name, child in self.model.named_children() if name != "layers"]
+        swapper = None  # one for all: a new one empties the folder of files
         for path, block in blocks:
             block.to_empty(device=self.device)
             for name, parameter in list(block.named_parameters()):
@@ -76,13 +77,15 @@ class DeepSpeedEngine(Engine):
                 self._groups.mark(plain, self.placed[f"{path}.{name}"].axis)
                 block.get_submodule(owner).register_parameter(leaf, plain)
             if self.config.zero == 3 and any(True for _ in block.parameters()):
-                deepspeed.zero.Init(
+                data_parallel = self._groups.get_data_parallel_group()
+                partitioned = deepspeed.zero.Init(
                     module=block,
                     config_dict_or_path=settings,
                     mpu=self._groups,
-                    data_parallel_group=self._groups.get_data_parallel_group(),
-                    dtype=self.compute_dtype,
+                    data_parallel_group=data_parallel,
+                    param_swapper=swapper,
                 )
+                swapper = partitioned.param_swapper
 
     def _optimizer(self, named: dict[str, nn.Parameter]) -> torch.optim.Optimizer:
         """AdamW with one group per kind and decay, so that what DeepSpeed makes flat has one group of ranks, and one count."""

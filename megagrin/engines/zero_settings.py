@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,10 @@ OURS = (
     "expert_parallel",
     "sequence_parallel_size",
     "zero_optimization.stage",
-    "zero_optimization.offload_optimizer",
-    "zero_optimization.offload_param",
+    "zero_optimization.offload_optimizer.device",
+    "zero_optimization.offload_optimizer.nvme_path",
+    "zero_optimization.offload_param.device",
+    "zero_optimization.offload_param.nvme_path",
     "zero_optimization.memory_efficient_linear",
     "zero_optimization.zero_hpz_partition_size",
     "zero_optimization.mics_shard_size",
@@ -49,12 +52,19 @@ def read_settings(path: str | None) -> dict[str, Any]:
         settings = json.loads(Path(path).read_text())
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"engine.deepspeed_config: {path} cannot be read as JSON ({error})") from error
-    if not isinstance(settings, dict) or not isinstance(settings.get("zero_optimization", {}), dict):
-        raise ValueError(f"engine.deepspeed_config: {path} must hold a JSON object, as must its zero_optimization")
-    zero = {f"zero_optimization.{key}" for key in settings.get("zero_optimization", {})}
-    if taken := [key for key in OURS if key in settings.keys() | zero]:
+    if not isinstance(settings, dict):
+        raise ValueError(f"engine.deepspeed_config: {path} must hold a JSON object, not a {type(settings).__name__}")
+    given = set(_paths(settings))
+    if taken := [key for key in OURS if key in given]:
         raise ValueError(f"engine.deepspeed_config: {path} sets {', '.join(taken)}, which the run's own settings decide")
     return settings
+
+
+def _paths(tree: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    for key, value in tree.items():
+        yield f"{prefix}{key}"
+        if isinstance(value, dict):
+            yield from _paths(value, f"{prefix}{key}.")
 
 
 def deepspeed_settings(config: EngineConfig, clip_norm: float, cuda: bool) -> dict[str, Any]:
@@ -65,12 +75,14 @@ def deepspeed_settings(config: EngineConfig, clip_norm: float, cuda: bool) -> di
         clip_norm: largest gradient norm, 0 for none.
         cuda: whether this run is on a GPU.
     """
+    given = read_settings(config.deepspeed_config)
+    given_zero = given.get("zero_optimization", {})
     # memory_efficient_linear would patch torch.nn.functional.linear for the whole process.
     zero: dict[str, Any] = {"stage": config.zero, "overlap_comm": cuda, "memory_efficient_linear": False}
     for key, where in (("offload_optimizer", config.offload_optimizer), ("offload_param", config.offload_parameters)):
         if where != "none":
             nvme = {"nvme_path": config.nvme_path} if where == "nvme" else {}
-            zero[key] = {"device": where, "pin_memory": cuda, **nvme}
+            zero[key] = {"pin_memory": cuda} | given_zero.get(key, {}) | {"device": where, **nvme}
     ours: dict[str, Any] = {
         # Micro-batches are driven from here (set_gradient_accumulation_boundary): DeepSpeed need not know their number.
         "train_micro_batch_size_per_gpu": 1,
@@ -82,8 +94,7 @@ def deepspeed_settings(config: EngineConfig, clip_norm: float, cuda: bool) -> di
         "data_types": {"grad_accum_dtype": "fp32"},
         "steps_per_print": None,
     }
-    given = read_settings(config.deepspeed_config)
-    return given | ours | {"zero_optimization": given.get("zero_optimization", {}) | zero}
+    return given | ours | {"zero_optimization": given_zero | zero}
 
 
 def violations(engine: EngineConfig, optim: OptimConfig, parallel: ParallelConfig) -> list[str]:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from helpers import GlooPool
 from parallel.common import (
+    MODEL,
     Run,
     compare,
     full,
@@ -42,12 +43,21 @@ def deepspeed_engine(run: Run, seed: int = 7) -> Iterator[DeepSpeedEngine]:
         yield engine
     finally:
         engine.zero.destroy()
-        from deepspeed.comm import comm
-        from deepspeed.utils import groups
-
-        groups._release_process_group_references()
-        comm.cdb = None
+        forget_groups()
         logging.disable(logging.NOTSET)
+
+
+def forget_groups() -> None:
+    """DeepSpeed counts modules and parameters of a process, and compares the counts of ranks: those of the pool differ."""
+    from deepspeed.comm import comm
+    from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
+    from deepspeed.runtime.zero.partition_parameters import Init
+    from deepspeed.utils import groups
+
+    groups._release_process_group_references()
+    comm.cdb = None
+    DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__[0][0] = 0
+    Init.param_id = Init.num_persisted_parameters = Init.num_persisted_elements = 0
 
 
 def clipped_gradients(engine: DeepSpeedEngine, max_norm: float) -> dict[str, Tensor]:
@@ -142,6 +152,11 @@ def test_offload_to_cpu(gloo: GlooPool, engine: dict[str, Any]) -> None:
 @pytest.mark.parametrize("parameters", ["none", "nvme"])
 def test_offload_to_nvme(gloo: GlooPool, tmp_path: Path, parameters: str) -> None:
     """fp32 weights and moments, and the shards of the weights, live in files between their uses."""
+    settings = tmp_path / "deepspeed.json"
+    settings.write_text('{"zero_optimization": {"offload_param": {"buffer_size": 1000000}}}')  # its default takes 2 GiB a rank
     engine = {"zero": 3, "offload_optimizer": "nvme", "offload_parameters": parameters, "nvme_path": str(tmp_path)}
-    assert_same(gloo, 2, Run(EP2, 1, "fp32", engine=engine))
-    assert list(tmp_path.rglob("*.swp")), "nothing was offloaded"
+    engine["deepspeed_config"] = str(settings)
+    wide = replace(MODEL, d_model=64, d_ff=640)  # DeepSpeed writes nothing to files that is smaller than 1 MiB
+    assert_same(gloo, 2, Run(EP2, 1, "fp32", model=wide, engine=engine))
+    for kind in ["optimizer"] + ["*params"] * (parameters == "nvme"):
+        assert list(tmp_path.glob(f"zero_stage_3/{kind}/rank*/*.swp")), f"nothing was offloaded to {kind}"
