@@ -8,6 +8,7 @@ Weights are handed over in the dtype of products. The router's too: its logits a
 where FSDP2 leaves them fp32. In fp32 both engines give the same run.
 """
 
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,7 +27,7 @@ from megagrin.engines.zero_groups import Groups, Placed, axes, moe_marker, place
 from megagrin.engines.zero_settings import deepspeed_settings
 from megagrin.engines.zero_state import MOMENTS, ZeroState
 from megagrin.models.init import init_parameter
-from megagrin.models.transformer import Transformer
+from megagrin.models.transformer import Output, Transformer
 from megagrin.parallel.comm import local_tensor
 from megagrin.parallel.pipeline import MicroBatch, run_part
 
@@ -43,18 +44,21 @@ class DeepSpeedEngine(Engine):
         os.environ.setdefault("LOCAL_RANK", str(self.device.index or 0))
         import deepspeed
 
-        self.micro_batches = 0
+        deepspeed.utils.logger.setLevel(logging.WARNING)  # it reports its settings and memory in some hundred lines
         self._groups = Groups(self.mesh)
         self._groups.register()
         self.model = self.build(None, None)
         self.model.to(self.compute_dtype)
+        # DeepSpeed prepares a backward pass by hooks on the tensors that it finds in what the model returns: it looks into tuples.
+        self.model.register_forward_hook(lambda module, arguments, output: (output.loss_sum, output))
         kinds = axes(self.model, self.mesh)
         self.placed = {name: place(parameter, kinds[name], self.mesh) for name, parameter in self.model.named_parameters()}
         settings = deepspeed_settings(self.config, self.optim_config.clip_norm, self.device.type == "cuda")
         self._materialise(settings)
         named = dict(self.model.named_parameters())
-        if any(self._groups.name(kind) for kind in kinds.values()) and self.config.zero < 3:
-            self.model.add_module("named_groups", moe_marker())
+        group_names = [name for kind in kinds.values() if (name := self._groups.name(kind)) is not None]
+        if group_names and self.config.zero < 3:
+            self.model.add_module("named_groups", moe_marker(group_names[0]))
         optimizer = self._optimizer(named)
         self.zero, *_ = deepspeed.initialize(
             model=self.model, optimizer=optimizer, config=settings, mpu=self._groups, dist_init_required=False
@@ -128,7 +132,7 @@ class DeepSpeedEngine(Engine):
         sums: list[Tensor] = []
         for index, micro_batch in enumerate(inputs):
             self.zero.set_gradient_accumulation_boundary(index == len(inputs) - 1)
-            output = run_part(self.zero, micro_batch)
+            output = self._run(micro_batch)
             assert output.loss_sum is not None
             self.zero.backward(output.loss_sum / divisor, scale_wrt_gas=False)
             sums.append(self.pack(output))
@@ -171,15 +175,20 @@ class DeepSpeedEngine(Engine):
         except (AssertionError, RuntimeError, KeyError) as error:
             raise ValueError(f"{path}: DeepSpeed cannot read this layout's state from its files: {error}") from error
         self.previous_f_LE.copy_(client_state["previous_load"])
+        self.zero_state.link_moments()
         # Each rank has read its own fp32 weights; those in dtype are of the rank that saved them for all.
         self.zero_state.publish()
 
     def losses(self, batches: list[Batch]) -> Iterator[Tensor]:
         """See `Engine.losses`."""
         for batch in batches:
-            output = run_part(self.zero, (batch, None))
+            output = self._run((batch, None))
             assert output.loss_sum is not None
             yield output.loss_sum
+
+    def _run(self, micro_batch: MicroBatch) -> Output:
+        _, output = run_part(self.zero, micro_batch)  # type: ignore[misc]  # see the hook in setup
+        return output
 
     def state(self, optimizer: bool = True) -> dict[str, Tensor]:
         """See `Engine.state`; copies."""

@@ -147,11 +147,14 @@ class Groups:
         return dist.get_world_size(self.by_axis["dense"])
 
 
-def moe_marker() -> nn.Module:
+def moe_marker(group_name: str) -> nn.Module:
     """A module without parameters by which ZeRO-1 and 2 notice that a model has named groups.
 
     DeepSpeed looks for its own MoE layer; ours is another. This one is an instance of it and holds nothing, so that it has
     nothing to save, load or run either.
+
+    Args:
+        group_name: any registered one.
     """
     from deepspeed.moe.layer import MoE
 
@@ -159,7 +162,7 @@ def moe_marker() -> nn.Module:
         def __init__(self) -> None:
             nn.Module.__init__(self)
             self.num_experts = self.num_local_experts = 0
-            self.expert_group_name = "ep_size_1"
+            self.expert_group_name = group_name
 
         def set_deepspeed_parallelism(self, *_: Any) -> None:
             """Nothing to do: the groups are registered already."""

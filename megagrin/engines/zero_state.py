@@ -72,7 +72,12 @@ class ZeroState:
                 state |= {moment: torch.zeros_like(flat) for moment in MOMENTS}
             if self._swappable(index):
                 self.optimizer._optimizer_states_and_gradient_swap_out(index)
+        self.link_moments()
+
+    def link_moments(self) -> None:
+        """Let ZeRO-1 and 2 find the moments of a parameter; loading DeepSpeed's own files makes them forget."""
         if not self.stage3:
+            self.optimizer._hp_optimizer_states_linked = False
             self.optimizer._lazy_init_hp_params_optimizer_state()
 
     def set_steps(self, step: int) -> None:

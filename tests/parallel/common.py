@@ -196,7 +196,7 @@ def assert_same_run(gloo: GlooPool, world_size: int, run: Run) -> None:
         compare(ours, expected, TOLERANCE[run.dtype])
 
 
-def _forced(expert_of_choice: list[int]) -> Any:
+def forced(expert_of_choice: list[int]) -> Any:
     def forward(self: Router, x_TD: Tensor, draws: Any) -> tuple[Tensor, Routing]:
         z_TE = torch.nn.functional.linear(x_TD, self.weight)
         expert_TK = torch.tensor(expert_of_choice).expand(x_TD.shape[0], -1)
@@ -209,7 +209,7 @@ def run_forced(run: Run, expert_of_choice: list[int]) -> dict[str, Any]:
     """One step with every token sent to the same experts; returns gradients and loss."""
     engine = build_engine(run)
     for layer in moe_layers(engine.model):
-        layer.router.forward = _forced(expert_of_choice).__get__(layer.router)  # type: ignore[method-assign]
+        layer.router.forward = forced(expert_of_choice).__get__(layer.router)  # type: ignore[method-assign]
     gradients = capture_gradients(engine)
     result = engine.train_step(micro_batches(run, 0, engine.mesh), 0, 1e-3)
     return {"loss": result.loss, "norm": result.grad_norm, "counts": result.counts_LE, "gradients": gradients[0]}

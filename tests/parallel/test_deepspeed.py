@@ -1,7 +1,6 @@
 """The DeepSpeed engine on gloo: the run of the native engine in one process, under every ZeRO stage, offload and layout."""
 
 import contextlib
-import logging
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,18 +11,28 @@ import torch
 from helpers import GlooPool
 from parallel.common import (
     MODEL,
+    ROUTER,
+    STEPS,
     Run,
+    build_engine,
     compare,
+    forced,
     full,
+    initial_weights,
     micro_batches,
     reference,
+    run_forced,
+    run_steps,
 )
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from megagrin import checkpoint
+from megagrin.checkpoint import CheckpointInfo
 from megagrin.engines.base import EngineConfig
 from megagrin.engines.deepspeed import DeepSpeedEngine
 from megagrin.optim import learning_rate
+from megagrin.parallel.expert import moe_layers
 from megagrin.parallel.mesh import ParallelConfig, build_mesh
 
 pytest.importorskip("deepspeed")
@@ -35,7 +44,6 @@ DP, EP2, TP2 = ParallelConfig(), ParallelConfig(ep=2), ParallelConfig(tp=2)
 @contextlib.contextmanager
 def deepspeed_engine(run: Run, seed: int = 7) -> Iterator[DeepSpeedEngine]:
     """An engine on the default process group; afterwards DeepSpeed forgets its groups, as the pool's next case has others."""
-    logging.disable(logging.WARNING)
     mesh = build_mesh(run.parallel, "cpu")
     config = EngineConfig(kind="deepspeed", dtype=run.dtype, **run.engine)  # type: ignore[arg-type]
     engine = DeepSpeedEngine(run.model, run.router, run.balance, run.optim, config, mesh, torch.device("cpu"), seed)
@@ -44,7 +52,6 @@ def deepspeed_engine(run: Run, seed: int = 7) -> Iterator[DeepSpeedEngine]:
     finally:
         engine.zero.destroy()
         forget_groups()
-        logging.disable(logging.NOTSET)
 
 
 def forget_groups() -> None:
@@ -80,17 +87,23 @@ def clipped_gradients(engine: DeepSpeedEngine, max_norm: float) -> dict[str, Ten
     return gradients
 
 
+def capture(engine: DeepSpeedEngine, run: Run) -> list[dict[str, Tensor]]:
+    """A list that receives all gradients before each of the optimizer's steps."""
+    gradients: list[dict[str, Tensor]] = []
+    step_of_zero = engine.zero.step
+
+    def step(*arguments: Any) -> None:
+        gradients.append(clipped_gradients(engine, run.optim.clip_norm))
+        step_of_zero(*arguments)
+
+    engine.zero.step = step
+    return gradients
+
+
 def run_deepspeed(run: Run) -> dict[str, Any]:
     """Train, and return what `common.run_steps` returns."""
     with deepspeed_engine(run) as engine:
-        gradients: list[dict[str, Tensor]] = []
-        step_of_zero = engine.zero.step
-
-        def step(*arguments: Any) -> None:
-            gradients.append(clipped_gradients(engine, run.optim.clip_norm))
-            step_of_zero(*arguments)
-
-        engine.zero.step = step
+        gradients = capture(engine, run)
         results = [
             engine.train_step(micro_batches(run, number, engine.mesh), number, learning_rate(run.optim, number, run.steps))
             for number in range(run.steps)
@@ -160,3 +173,138 @@ def test_offload_to_nvme(gloo: GlooPool, tmp_path: Path, parameters: str) -> Non
     assert_same(gloo, 2, Run(EP2, 1, "fp32", model=wide, engine=engine))
     for kind in ["optimizer"] + ["*params"] * (parameters == "nvme"):
         assert list(tmp_path.glob(f"zero_stage_3/{kind}/rank*/*.swp")), f"nothing was offloaded to {kind}"
+
+
+@pytest.mark.parametrize(
+    ("world_size", "run"),
+    [
+        pytest.param(2, Run(DP, 1, steps=STEPS, engine={"zero": 2}), id="20-steps-zero2"),
+        pytest.param(2, Run(EP2, 1, steps=STEPS, engine={"zero": 3}), id="20-steps-zero3-ep2"),
+        pytest.param(1, Run(DP, 2, engine={"zero": 3}), id="one-rank"),
+        pytest.param(2, Run(DP, 1, model=replace(MODEL, n_experts=0, top_k=1), engine={"zero": 3}), id="dense"),
+        pytest.param(2, Run(EP2, 2, model=replace(MODEL, top_k=4), engine={"zero": 2, "recompute": "full"}), id="top4-recompute"),
+        pytest.param(2, Run(DP, 2, model=replace(MODEL, top_k=1), engine={"zero": 3, "recompute": "full"}), id="top1-recompute3"),
+        pytest.param(2, Run(EP2, 2, engine={"zero": 2, "compile": True}), id="compile"),
+        pytest.param(2, Run(EP2, 1, ignored=4, engine={"zero": 3}), id="rank-without-labels"),
+    ],
+)
+def test_same_run_otherwise(gloo: GlooPool, world_size: int, run: Run) -> None:
+    """Longer, other models, recomputation, compiled parts, a rank whose sequences have no label."""
+    assert_same(gloo, world_size, replace(run, dtype="fp32"))
+
+
+def test_experts_without_tokens(gloo: GlooPool) -> None:
+    """Every token on the same two experts: the others, and a whole rank, get none, and a gradient of zeros."""
+    run = Run(EP2, 1, "fp32", engine={"zero": 3})
+    expected = gloo.run(1, run_forced, run.reference(), [0, 1])[0]
+    for ours in gloo.run(2, run_forced_deepspeed, run, [0, 1]):
+        assert torch.equal(ours["counts"], expected["counts"])
+        assert ours["norm"] == pytest.approx(expected["norm"], rel=1e-5)
+        for name, gradient in expected["gradients"].items():
+            assert (ours["gradients"][name] - gradient).norm() <= 1e-5 * expected["norm"], name
+
+
+def run_forced_deepspeed(run: Run, expert_of_choice: list[int]) -> dict[str, Any]:
+    with deepspeed_engine(run) as engine:
+        for layer in moe_layers(engine.model):
+            layer.router.forward = forced(expert_of_choice).__get__(layer.router)  # type: ignore[method-assign]
+        gradients = capture(engine, run)
+        result = engine.train_step(micro_batches(run, 0, engine.mesh), 0, 1e-3)
+        return {"loss": result.loss, "norm": result.grad_norm, "counts": result.counts_LE, "gradients": gradients[0]}
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_bf16(gloo: GlooPool, stage: int) -> None:
+    """fp32 master weights that are the native engine's bit for bit, and its losses but for rounding.
+
+    Experts take turns, as the router's rounded weights may flip a draw.
+    """
+    run = Run(EP2, 1, "bf16", steps=5, router=replace(ROUTER, forced_balance=True), engine={"zero": stage})
+    native = gloo.run(2, run_steps, replace(run, engine={}))[0]
+    for initial, losses, norms in gloo.run(2, run_bf16, run):
+        for name, weight in gloo.run(1, initial_weights, run.reference())[0].items():
+            assert torch.equal(initial[name], weight), name
+        assert losses == pytest.approx(native["losses"], rel=1e-3)
+        assert norms == pytest.approx(native["norms"], rel=1e-2)
+
+
+def run_bf16(run: Run) -> tuple[dict[str, Tensor], list[float], list[float]]:
+    with deepspeed_engine(run) as engine:
+        assert all(parameter.dtype == torch.bfloat16 for parameter in engine.model.parameters())
+        initial = {name.removeprefix("model."): full(tensor) for name, tensor in engine.state(optimizer=False).items()}
+        results = [
+            engine.train_step(micro_batches(run, step, engine.mesh), step, learning_rate(run.optim, step, run.steps))
+            for step in range(run.steps)
+        ]
+        return initial, [result.loss for result in results], [result.grad_norm for result in results]
+
+
+def train(run: Run, steps: range, load: str | None = None, save: tuple[str, str] | None = None) -> dict[str, Any]:
+    """Some steps of a run on either engine, from a checkpoint, and to one of a format."""
+    build = deepspeed_engine(run) if "zero" in run.engine else contextlib.nullcontext(build_engine(run))
+    with build as engine:
+        if load is not None:
+            engine.load(checkpoint.find(Path(load)), steps.start)
+        losses = [engine.train_step(micro_batches(run, step, engine.mesh), step, 1e-3).loss for step in steps]
+        if save is not None:
+            folder, kind = save
+            info = CheckpointInfo(steps.stop, 0, {})
+            checkpoint.commit(Path(folder), info, lambda path: engine.save(path, kind))  # type: ignore[arg-type]
+        valid = engine.evaluate(micro_batches(run, 9, engine.mesh))
+        state = {name: full(tensor) for name, tensor in engine.state().items()}
+        return {"losses": losses, "valid": valid, "state": state}
+
+
+NATIVE = Run(ParallelConfig(), 2, "fp32")
+ZERO2, ZERO3 = Run(EP2, 1, "fp32", engine={"zero": 2}), Run(TP2, 1, "fp32", engine={"zero": 3})
+BF16 = replace(ZERO2, dtype="bf16", engine={"zero": 1})
+
+
+@pytest.mark.parametrize(
+    ("ranks", "run", "kind"),
+    [
+        pytest.param(2, ZERO2, "deepspeed", id="zero2-ep2"),
+        pytest.param(4, ZERO3, "deepspeed", id="zero3-tp2"),
+        pytest.param(4, replace(ZERO3, parallel=EP2), "deepspeed", id="zero3-dp4-ep2"),
+        pytest.param(2, BF16, "deepspeed", id="zero1-ep2-bf16"),
+        pytest.param(2, BF16, "native", id="zero1-ep2-bf16-native"),
+        pytest.param(2, replace(ZERO2, engine={"zero": 3, "offload_optimizer": "cpu"}), "native", id="zero3-cpu-native"),
+    ],
+)
+def test_resumes_bit_for_bit(gloo: GlooPool, tmp_path: Path, ranks: int, run: Run, kind: str) -> None:
+    """Four steps are two, a checkpoint in either format, a new engine and two more."""
+    whole = gloo.run(ranks, train, run, range(4))
+    gloo.run(ranks, train, run, range(2), None, (str(tmp_path), kind))
+    for ours, expected in zip(gloo.run(ranks, train, run, range(2, 4), str(tmp_path)), whole, strict=True):
+        assert ours["losses"] == expected["losses"][2:]
+        assert ours["valid"] == expected["valid"]
+        assert all(torch.equal(ours["state"][name], tensor) for name, tensor in expected["state"].items())
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        pytest.param((1, NATIVE), (4, ZERO3), id="native-to-zero3-tp2"),
+        pytest.param((4, ZERO3), (1, NATIVE), id="zero3-tp2-to-native"),
+        pytest.param((2, ZERO2), (4, ZERO3), id="zero2-ep2-to-zero3-tp2"),
+    ],
+)
+def test_checkpoints_travel_between_engines(
+    gloo: GlooPool, tmp_path: Path, before: tuple[int, Run], after: tuple[int, Run]
+) -> None:
+    """Weights, moments and load fractions of one engine and layout continue on another as if nothing had happened."""
+    expected = gloo.run(1, train, NATIVE, range(4))[0]
+    gloo.run(before[0], train, before[1], range(2), None, (str(tmp_path), "native"))
+    for ours in gloo.run(after[0], train, after[1], range(2, 4), str(tmp_path)):
+        assert ours["losses"] == pytest.approx(expected["losses"][2:], rel=1e-5)
+        assert ours["valid"] == pytest.approx(expected["valid"], rel=1e-5)
+        assert ours["state"].keys() == expected["state"].keys()
+
+
+def test_other_ranks_cannot_read_deepspeeds_files(gloo: GlooPool, tmp_path: Path) -> None:
+    """One line that says how many are needed; a reader of tensors says what to do."""
+    gloo.run(2, train, ZERO2, range(1), None, (str(tmp_path), "deepspeed"))
+    with pytest.raises(AssertionError, match="DeepSpeed's files of 2 ranks are read by as many, not by 4"):
+        gloo.run(4, train, replace(ZERO2, parallel=TP2), range(1, 2), str(tmp_path))
+    with pytest.raises(AssertionError, match="`megagrin convert-checkpoint` makes a native checkpoint of them"):
+        gloo.run(1, train, NATIVE, range(1, 2), str(tmp_path))
