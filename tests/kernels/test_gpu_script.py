@@ -22,9 +22,9 @@ ABSENT += ("matplotlib", "tensorboard", "wandb", "hypothesis", "pytest_timeout",
 HIDE = f"""
 from importlib.machinery import PathFinder
 find_spec = PathFinder.find_spec
-def found(name, path=None, target=None):
+def found(cls, name, path=None, target=None):
     return None if name.partition(".")[0] in {ABSENT!r} else find_spec(name, path, target)
-PathFinder.find_spec = found
+PathFinder.find_spec = classmethod(found)
 """
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here: run `make gpu`")
