@@ -69,7 +69,7 @@ def test_values_and_gradients(counts: list[int], dtype: torch.dtype, own_backwar
 
 
 @pytest.mark.parametrize("gather", [False, True])
-@pytest.mark.parametrize(("n_tokens", "top_k", "n_experts"), [(0, 2, 4), (1, 1, 1), (33, 2, 4), (65, 8, 16), (63, 1, 3)])
+@pytest.mark.parametrize(("n_tokens", "top_k", "n_experts"), [(0, 2, 4), (1, 1, 1), (33, 2, 4), (17, 8, 16), (63, 1, 3)])
 def test_tokens_with_a_plan(n_tokens: int, top_k: int, n_experts: int, gather: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Gathering inside gives, bit for bit, what gathering before gives; also in the product's own loads."""
     blocks = tuning.BlockConfig(32, 64, 32, 4, 2, group_m=2, slices=4, gather=gather)
@@ -82,9 +82,10 @@ def test_tokens_with_a_plan(n_tokens: int, top_k: int, n_experts: int, gather: b
     results = []
     for with_plan in (True, False):
         leaves = [t.clone().requires_grad_() for t in (x_TD, up, down, v_R)]
-        x = leaves[0] if with_plan else permute(leaves[0], plan)
-        y_RD = expert_mlp(x, *leaves[1:], plan.counts_E, plan=plan if with_plan else None)
-        y_RD.backward(dy_RD)
+        with poisoned_memory():
+            x = leaves[0] if with_plan else permute(leaves[0], plan)
+            y_RD = expert_mlp(x, *leaves[1:], plan.counts_E, plan=plan if with_plan else None)
+            y_RD.backward(dy_RD)
         results.append([y_RD.detach(), *(leaf.grad for leaf in leaves)])
     for a, b in zip(*results, strict=True):
         assert torch.equal(a, b)
