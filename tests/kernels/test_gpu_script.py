@@ -3,6 +3,7 @@
 import ast
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -43,6 +44,26 @@ def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
     lines = [line for line in done.stderr.splitlines() if not line.startswith("make")]
     assert lines == ["megagrin: error: make gpu: torch sees no GPU here; MEGAGRIN_GPU_DRY=1 walks the stages on the CPU"]
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("compiler", "headers", "message"),
+    [(False, True, "no C compiler"), (True, False, "has no Python.h"), (True, True, "OUT: cannot create")],
+)
+def test_what_triton_builds_with_is_asked_for_first(tmp_path: Path, compiler: bool, headers: bool, message: str) -> None:
+    """On a machine whose Python, a stand-in, says that it has a GPU."""
+    for name in ("bash", "env", "dirname", "mkdir"):
+        (tmp_path / name).symlink_to(str(shutil.which(name)))
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/bash\n[[ $2 != *Python.h* ]] || exit {int(not headers)}\n")
+    python.chmod(0o755)
+    if compiler:
+        (tmp_path / "gcc").symlink_to("/bin/true")
+    environment = {"PATH": str(tmp_path), "PYTHON": str(python), "OUT": "/dev/null/out"}
+    script = str(ROOT / "launch" / "gpu.sh")
+    done = subprocess.run([script], env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert message in done.stderr.splitlines()[-1]
 
 
 @pytest.mark.slow
