@@ -5,6 +5,7 @@ import subprocess
 from typing import Any
 
 import torch
+from moe_published import published_lines
 from moe_shapes import Goal, MoEShape
 
 OURS = "megagrin"
@@ -183,7 +184,7 @@ def markdown(record: dict[str, Any]) -> str:
     for goal in record["goals"]:
         shown = _number(goal["value"]) if goal["verdict"] != "unmeasured" else "–"
         lines.append(f"| {goal['goal']} | {goal['wanted']} | {shown} | {goal['verdict']} |")
-    lines += ["", "## Measurements", ""]
+    lines += ["", "## Published by others", "", *published_lines(), "", "## Measurements", ""]
     for case in record["cases"]:
         lines += _case_lines(case)
     return "\n".join(lines)

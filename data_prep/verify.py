@@ -7,7 +7,6 @@ import numpy as np
 
 from megagrin.data_prep.indexed import IndexedDataset, pair_paths
 from megagrin.data_prep.sidecar import file_sha256, sidecar_path
-from megagrin.data_prep.tokenizer import Tokenizer
 
 _PERCENTILES = (0, 5, 25, 50, 75, 95, 100)
 
@@ -47,6 +46,8 @@ def verify(prefix: str | Path, tokenizer_path: str | Path | None = None) -> Veri
         raise ValueError(f"{bin_path}: its SHA-256 is not the bin_sha256 of {sidecar_path(prefix)}: the tokens were changed")
     vocab_size = dataset.sidecar.vocab_size if dataset.sidecar is not None else None
     if tokenizer_path is not None:
+        from megagrin.data_prep.tokenizer import Tokenizer  # training imports this file, and need not have sentencepiece
+
         check_tokenizer(dataset, tokenizer_path)
         vocab_size = Tokenizer.load(tokenizer_path).vocab_size
     smallest, largest = dataset.token_id_range()

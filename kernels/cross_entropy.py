@@ -217,12 +217,23 @@ def linear_cross_entropy(
         bits on every rank; the gradients of W and b are this shard's rows, that of x is this shard's part: sum it over the group.
 
     Raises:
-        ValueError: shapes that do not fit.
+        ValueError: shapes, dtypes or devices that do not fit.
         RuntimeError: a label outside the vocabulary that is not -100 (on CUDA a device-side assertion).
     """
-    if x_TD.dim() != 2 or w_VD.dim() != 2 or x_TD.shape[1] != w_VD.shape[1] or label_T.shape != x_TD.shape[:1]:
+    fits = x_TD.dim() == 2 and w_VD.dim() == 2 and x_TD.shape[1] == w_VD.shape[1] and label_T.shape == x_TD.shape[:1]
+    if not fits or (b_V is not None and b_V.shape != w_VD.shape[:1]):
         raise ValueError(
-            f"linear_cross_entropy: x {tuple(x_TD.shape)}, w {tuple(w_VD.shape)}, label {tuple(label_T.shape)} "
-            "must be (T, D), (V, D), (T,)"
+            f"linear_cross_entropy: x {tuple(x_TD.shape)}, w {tuple(w_VD.shape)}, b {b_V if b_V is None else tuple(b_V.shape)}, "
+            f"label {tuple(label_T.shape)} must be (T, D), (V, D), (V,) or None, (T,)"
         )
+    if not x_TD.is_floating_point():
+        raise ValueError(f"linear_cross_entropy: x is {x_TD.dtype}; it must be a float dtype")
+    for name, other in (("w", w_VD), ("b", b_V)):
+        if other is not None and (other.dtype, other.device) != (x_TD.dtype, x_TD.device):
+            raise ValueError(
+                f"linear_cross_entropy: {name} is {other.dtype} on {other.device}, x is {x_TD.dtype} on {x_TD.device}; "
+                "they must agree"
+            )
+    if label_T.dtype != torch.int64 or label_T.device != x_TD.device:
+        raise ValueError(f"linear_cross_entropy: label is {label_T.dtype} on {label_T.device}; it must be int64 on {x_TD.device}")
     return _LinearCrossEntropy.apply(x_TD, w_VD, b_V, label_T, shard, torch.is_grad_enabled())

@@ -15,24 +15,49 @@ from torch import Tensor, library
 
 from megagrin.kernels.backend import tma_rows, use_triton
 
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
-def check_grouped(x_RK: Tensor, w_ENK: Tensor, counts_E: Tensor, wide_weights: bool = False) -> None:
-    """Raise ValueError unless rows, weights and counts fit each other. wide_weights: float32 weights may meet narrower rows."""
-    if x_RK.dim() != 2 or w_ENK.dim() != 3 or x_RK.shape[1] != w_ENK.shape[2]:
+
+def check_float(where: str, x: Tensor) -> None:
+    """Raise ValueError unless x is of a dtype that the kernels or their references take; `where` names op and argument."""
+    if x.dtype not in _DTYPES:
+        raise ValueError(f"{where} is {x.dtype}; it must be float32, float64, bfloat16 or float16")
+
+
+def check_same(where: str, x: Tensor, name: str, other: Tensor) -> None:
+    """Raise ValueError unless x and the other tensor agree in dtype and device."""
+    if (x.dtype, x.device) != (other.dtype, other.device):
+        raise ValueError(f"{where} is {x.dtype} on {x.device}, {name} is {other.dtype} on {other.device}; they must agree")
+
+
+def _check_counts(counts_E: Tensor, n_experts: int | None, rows: tuple[str, Tensor]) -> None:
+    shape = "(E,)" if n_experts is None else f"({n_experts},)"
+    fits = counts_E.dim() == 1 and n_experts in (None, counts_E.shape[0])
+    if not fits or counts_E.dtype != torch.int64:
+        raise ValueError(f"grouped_gemm: counts {tuple(counts_E.shape)} {counts_E.dtype} must be int64 of shape {shape}")
+    if counts_E.device != rows[1].device:
+        raise ValueError(f"grouped_gemm: counts are on {counts_E.device}, {rows[0]} on {rows[1].device}; they must agree")
+
+
+def check_grouped(x: Tensor, w_ENK: Tensor, counts_E: Tensor, wide_weights: bool = False, dgrad: bool = False) -> None:
+    """Raise ValueError unless rows, weights and counts fit each other.
+
+    Args:
+        x: (R, K), or for dgrad (R, N).
+        w_ENK: (E, N, K).
+        counts_E: int64 (E,).
+        wide_weights: float32 weights may meet narrower rows.
+        dgrad: rows are contracted with N.
+    """
+    name, sizes, one = ("dy", "(R, N)", "N") if dgrad else ("x", "(R, K)", "K")
+    if x.dim() != 2 or w_ENK.dim() != 3 or x.shape[1] != w_ENK.shape[1 if dgrad else 2]:
         raise ValueError(
-            f"grouped_gemm: x {tuple(x_RK.shape)} and w {tuple(w_ENK.shape)} must be (R, K) and (E, N, K) with one K"
+            f"grouped_gemm: {name} {tuple(x.shape)} and w {tuple(w_ENK.shape)} must be {sizes} and (E, N, K) with one {one}"
         )
-    if counts_E.shape != (w_ENK.shape[0],) or counts_E.dtype != torch.int64:
-        raise ValueError(
-            f"grouped_gemm: counts {tuple(counts_E.shape)} {counts_E.dtype} must be int64 of shape ({w_ENK.shape[0]},)"
-        )
-    if counts_E.device != x_RK.device:
-        raise ValueError(f"grouped_gemm: counts are on {counts_E.device}, x on {x_RK.device}; they must agree")
-    fits = x_RK.dtype == w_ENK.dtype or (wide_weights and w_ENK.dtype == torch.float32 and x_RK.dtype.itemsize == 2)
-    if not fits or x_RK.device != w_ENK.device:
-        raise ValueError(
-            f"grouped_gemm: x is {x_RK.dtype} on {x_RK.device}, w is {w_ENK.dtype} on {w_ENK.device}; they must agree"
-        )
+    _check_counts(counts_E, w_ENK.shape[0], (name, x))
+    check_float(f"grouped_gemm: {name}", x)
+    if not (wide_weights and w_ENK.dtype == torch.float32 and x.dtype.itemsize == 2 and w_ENK.device == x.device):
+        check_same(f"grouped_gemm: {name}", x, "w", w_ENK)
 
 
 def _blocks(counts_E: Tensor, rows: int) -> list[tuple[int, int, int]]:
@@ -47,10 +72,10 @@ def _blocks(counts_E: Tensor, rows: int) -> list[tuple[int, int, int]]:
     return blocks
 
 
-def _use_grouped_mm(x: Tensor) -> bool:
-    # CUDA without Triton: torch's grouped kernel takes bf16 and keeps the offsets on the device.
+def _use_grouped_mm(x: Tensor, *widths: int) -> bool:
+    # CUDA without Triton: torch's grouped kernel takes bf16 in rows of whole 16 bytes and keeps the offsets on the device.
     # On CPU the loop wins: benchmarks/results has the measured ratio.
-    return x.is_cuda and x.dtype == torch.bfloat16 and x.numel() > 0
+    return x.is_cuda and x.dtype == torch.bfloat16 and x.numel() > 0 and tma_rows(x.dtype, *widths)
 
 
 # oneDNN builds a primitive for every new shape, and rows per expert are new in every step: on one thread with avx512_bf16,
@@ -101,7 +126,7 @@ def _m_grouped(x_RK: Tensor, w_ENK: Tensor, counts_E: Tensor, dgrad: bool) -> Te
 
         return run_m_grouped(x_RK, w_ENK, counts_E, dgrad)
     w_EKN = w_ENK if dgrad else w_ENK.transpose(1, 2)
-    if _use_grouped_mm(x_RK):
+    if _use_grouped_mm(x_RK, *w_ENK.shape[1:]):
         return torch._grouped_mm(x_RK, w_EKN, offs=_offsets(counts_E))
     return _loop(x_RK, w_EKN, counts_E)
 
@@ -117,7 +142,7 @@ def _k_grouped_wgrad(dy_RN: Tensor, x_RK: Tensor, counts_E: Tensor, out_dtype: t
         from megagrin.kernels.grouped_gemm_triton import run_wgrad
 
         return run_wgrad(dy_RN, x_RK, counts_E, out_dtype, None)
-    if _use_grouped_mm(dy_RN):
+    if _use_grouped_mm(dy_RN, dy_RN.shape[1], x_RK.shape[1]):
         return torch._grouped_mm(dy_RN.t(), x_RK, offs=_offsets(counts_E)).to(out_dtype)
     dw_ENK = dy_RN.new_empty(counts_E.shape[0], dy_RN.shape[1], x_RK.shape[1], dtype=out_dtype)
     _wgrad_loop(dy_RN, x_RK, counts_E, dw_ENK)
@@ -166,13 +191,27 @@ _m_grouped.register_autograd(_backward, setup_context=_save_inputs)
 
 
 def m_grouped(x_RK: Tensor, w_ENK: Tensor, counts_E: Tensor) -> Tensor:
-    """y[r] = w[e(r)] · x[r]: (R, K) × (E, N, K) -> (R, N). The forward product."""
+    """y[r] = w[e(r)] · x[r]: (R, K) × (E, N, K) -> (R, N). The forward product; arguments and errors as in `grouped_gemm`."""
+    check_grouped(x_RK, w_ENK, counts_E)
     return _m_grouped(x_RK, w_ENK, counts_E, False)
 
 
 def m_grouped_dgrad(dy_RN: Tensor, w_ENK: Tensor, counts_E: Tensor) -> Tensor:
-    """dx[r] = w[e(r)]ᵀ · dy[r]: (R, N) × (E, N, K) -> (R, K)."""
+    """dx[r] = w[e(r)]ᵀ · dy[r]: (R, N) × (E, N, K) -> (R, K). Errors as in `grouped_gemm`."""
+    check_grouped(dy_RN, w_ENK, counts_E, dgrad=True)
     return _m_grouped(dy_RN, w_ENK, counts_E, True)
+
+
+def _check_wgrad(dy_RN: Tensor, x_RK: Tensor, counts_E: Tensor, out_dtype: torch.dtype | None) -> None:
+    if dy_RN.dim() != 2 or x_RK.dim() != 2 or dy_RN.shape[0] != x_RK.shape[0]:
+        raise ValueError(
+            f"k_grouped_wgrad: dy {tuple(dy_RN.shape)} and x {tuple(x_RK.shape)} must be (R, N) and (R, K) with one R"
+        )
+    check_float("k_grouped_wgrad: dy", dy_RN)
+    check_same("k_grouped_wgrad: dy", dy_RN, "x", x_RK)
+    _check_counts(counts_E, None, ("dy", dy_RN))
+    if out_dtype not in (None, torch.float32, dy_RN.dtype):
+        raise ValueError(f"k_grouped_wgrad: out_dtype {out_dtype} must be torch.float32 or that of dy, {dy_RN.dtype}")
 
 
 def k_grouped_wgrad(
@@ -193,17 +232,19 @@ def k_grouped_wgrad(
             kernels no earlier value travels to the multiprocessor and back.
 
     Raises:
-        ValueError: accumulate_into has another shape or dtype, or is not contiguous.
+        ValueError: shapes, dtypes or devices that do not fit, or accumulate_into is not contiguous.
     """
+    _check_wgrad(dy_RN, x_RK, counts_E, out_dtype)
     if accumulate_into is None:
         return _k_grouped_wgrad(dy_RN, x_RK, counts_E, out_dtype or dy_RN.dtype)
     shape = (counts_E.shape[0], dy_RN.shape[1], x_RK.shape[1])
     # fp64 beside fp64 operands: what the reference is checked with.
     wide = torch.promote_types(dy_RN.dtype, torch.float32)
-    if accumulate_into.shape != shape or accumulate_into.dtype != wide or not accumulate_into.is_contiguous():
+    fits = (accumulate_into.shape, accumulate_into.dtype, accumulate_into.device) == (shape, wide, dy_RN.device)
+    if not fits or not accumulate_into.is_contiguous():
         raise ValueError(
-            f"k_grouped_wgrad: accumulate_into {tuple(accumulate_into.shape)} {accumulate_into.dtype} must be contiguous "
-            f"{wide} of shape {shape}"
+            f"k_grouped_wgrad: accumulate_into {tuple(accumulate_into.shape)} {accumulate_into.dtype} on "
+            f"{accumulate_into.device} must be contiguous {wide} of shape {shape} on {dy_RN.device}"
         )
     _k_grouped_wgrad_into(dy_RN, x_RK, counts_E, accumulate_into)
     return accumulate_into

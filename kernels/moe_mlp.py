@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, library
 
 from megagrin.kernels.backend import tma_rows, use_triton
-from megagrin.kernels.grouped_gemm import check_grouped, k_grouped_wgrad, m_grouped, m_grouped_dgrad
+from megagrin.kernels.grouped_gemm import check_grouped, check_same, k_grouped_wgrad, m_grouped, m_grouped_dgrad
 from megagrin.kernels.permute import SortPlan, gather_rows, gather_sum
 
 
@@ -193,17 +193,19 @@ def expert_mlp(
         raise ValueError(
             f"expert_mlp: gate_up {tuple(gate_up_E2FD.shape)} and down {tuple(down_EDF.shape)} must be (E, 2F, D) and (E, D, F)"
         )
-    if (down_EDF.dtype, down_EDF.device) != (gate_up_E2FD.dtype, gate_up_E2FD.device):
-        raise ValueError(
-            f"expert_mlp: down is {down_EDF.dtype} on {down_EDF.device}, gate_up is {gate_up_E2FD.dtype} on "
-            f"{gate_up_E2FD.device}; they must agree"
-        )
+    check_same("expert_mlp: down", down_EDF, "gate_up", gate_up_E2FD)
     if plan is not None and plan.place_TK.shape[0] != x.shape[0]:
         raise ValueError(f"expert_mlp: the plan sorts {plan.place_TK.shape[0]} tokens, x {tuple(x.shape)} holds {x.shape[0]}")
     rows = x.shape[0] if plan is None else plan.source_R.shape[0]
     for name, weight in (("weight", weight_R), ("backward_weight", backward_weight_R)):
-        if weight is not None and weight.shape != (rows,):
+        if weight is None:
+            continue
+        if weight.shape != (rows,):
             raise ValueError(f"expert_mlp: {name} {tuple(weight.shape)} must be ({rows},), one number a row")
+        if weight.dtype not in (torch.float32, torch.float64) or weight.device != x.device:
+            raise ValueError(
+                f"expert_mlp: {name} is {weight.dtype} on {weight.device}; it must be float32 or float64 on {x.device}"
+            )
     save_h = torch.is_grad_enabled() and any(t.requires_grad for t in (x, gate_up_E2FD, down_EDF, weight_R))
     source_R, place_TK = (None, None) if plan is None else (plan.source_R, plan.place_TK)
     args = (x, gate_up_E2FD, down_EDF, weight_R, backward_weight_R, counts_E, source_R, place_TK, save_h)

@@ -71,10 +71,12 @@ def sort_by_expert(expert_TK: Tensor, n_experts: int) -> SortPlan:
         n_experts: number of groups E.
 
     Raises:
-        ValueError: expert_TK is not an int64 matrix.
+        ValueError: expert_TK is not an int64 matrix, or n_experts is below 1.
     """
     if expert_TK.dim() != 2 or expert_TK.dtype != torch.int64:
         raise ValueError(f"sort_by_expert: experts {tuple(expert_TK.shape)} {expert_TK.dtype} must be int64 (T, K)")
+    if n_experts < 1:
+        raise ValueError(f"sort_by_expert: n_experts {n_experts} must be at least 1")
     return SortPlan(*_sort(expert_TK, n_experts))
 
 
@@ -134,11 +136,28 @@ gather_rows.register_autograd(_gather_rows_backward, setup_context=_save_plan)
 gather_sum.register_autograd(_gather_sum_backward, setup_context=_save_plan)
 
 
+def _check_rows(op: str, name: str, x: Tensor, rows: int, what: str, plan: SortPlan) -> None:
+    if x.dim() != 2 or x.shape[0] != rows:
+        raise ValueError(f"{op}: {name} {tuple(x.shape)} must be ({rows}, D), one row a {what} of the plan")
+    if x.device != plan.place_TK.device:
+        raise ValueError(f"{op}: {name} is on {x.device}, the plan on {plan.place_TK.device}; they must agree")
+
+
 def permute(x_TD: Tensor, plan: SortPlan) -> Tensor:
-    """Copy tokens into their sorted rows: (T, D) -> (R, D). The gradient of a token is the sum over its rows."""
+    """Copy tokens into their sorted rows: (T, D) -> (R, D). The gradient of a token is the sum over its rows.
+
+    Raises:
+        ValueError: x has another number of rows than the plan has tokens, or lies on another device.
+    """
+    _check_rows("permute", "x", x_TD, plan.place_TK.shape[0], "token", plan)
     return gather_rows(x_TD, plan.source_R, plan.place_TK)
 
 
 def unpermute(y_RD: Tensor, plan: SortPlan) -> Tensor:
-    """Sum the K rows of each token: (R, D) -> (T, D), the inverse movement of `permute`."""
+    """Sum the K rows of each token: (R, D) -> (T, D), the inverse movement of `permute`.
+
+    Raises:
+        ValueError: y has another number of rows than the plan, or lies on another device.
+    """
+    _check_rows("unpermute", "y", y_RD, plan.source_R.shape[0], "choice", plan)
     return gather_sum(y_RD, plan.source_R, plan.place_TK)

@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, library
 
+from megagrin.kernels.backend import use_triton
+
 _FIXED_POINT = 1 << 30
 # A tile holds whole rows of logits.
 _MAX_EXPERTS = 1024
@@ -171,7 +173,7 @@ def sparsemixer(
         gradient: c, the factor on the gradient.
 
     Raises:
-        ValueError: shapes, dtypes or numbers outside these ranges.
+        ValueError: shapes, dtypes or numbers outside these ranges, or a device without the kernel.
     """
     if z_TE.dim() != 2 or z_TE.dtype != torch.float32 or not 1 <= top_k <= z_TE.shape[1] <= _MAX_EXPERTS:
         raise ValueError(
@@ -182,6 +184,11 @@ def sparsemixer(
         raise ValueError(
             f"sparsemixer: token {tuple(token_T.shape)} {token_T.dtype} on {token_T.device} must be "
             f"({z_TE.shape[0]},) int64 on {z_TE.device}"
+        )
+    if not use_triton(z_TE):
+        raise ValueError(
+            f"sparsemixer: z is on {z_TE.device}; the fused router needs CUDA of capability 8.0 with Triton, and not "
+            "MEGAGRIN_KERNELS=torch"
         )
     if mask_rule not in ("code", "paper"):
         raise ValueError(f"sparsemixer: mask_rule {mask_rule!r} must be code or paper")

@@ -9,7 +9,6 @@ of a process: what it then gives out was valid, and what it does not hold comes 
 import contextlib
 import dataclasses
 import functools
-import importlib.metadata
 import json
 import logging
 import os
@@ -257,7 +256,9 @@ def tables_folder() -> Path:
 @functools.cache
 def triton_version() -> str:
     """major.minor of the installed Triton."""
-    return ".".join(importlib.metadata.version("triton").split(".")[:2])
+    import triton  # not its metadata: some builds of torch bring it under another distribution name
+
+    return ".".join(triton.__version__.split(".")[:2])
 
 
 def find_table(gpu: str, triton: str) -> Table | None:

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in at most 9 minutes, on a machine with torch, Triton, numpy and pytest and without a network.
+# Everything that needs a GPU, in at most 9 minutes, on a machine with torch, Triton, numpy, pytest and a C compiler, without a network.
 # A stage that fails or runs out of its time does not stop the next one.
 #
 #   make gpu                      into runs/gpu
@@ -15,6 +15,13 @@ DRY=${MEGAGRIN_GPU_DRY:-0}
 [[ $DRY == 0 || $DRY == 1 ]] || fail "MEGAGRIN_GPU_DRY: '$DRY' must be 0 or 1"
 if [[ $DRY == 0 ]] && ! "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
   fail "make gpu: torch sees no GPU here; MEGAGRIN_GPU_DRY=1 walks the stages on the CPU"
+fi
+# Triton builds the stub that starts a kernel: without these every test would fail, each with a page of its own.
+if [[ $DRY == 0 ]]; then
+  [[ -n ${CC:-} ]] || command -v gcc >/dev/null || command -v clang >/dev/null ||
+    fail "make gpu: no C compiler, and Triton needs one: install gcc or clang, or set CC"
+  "$PYTHON" -c 'import pathlib, sys, sysconfig; sys.exit(not pathlib.Path(sysconfig.get_path("include"), "Python.h").exists())' ||
+    fail "make gpu: $PYTHON has no Python.h, and Triton needs it: install the headers of this Python"
 fi
 mkdir -p "$OUT" || fail "OUT: cannot create $OUT"
 OUT=$(cd "$OUT" && pwd)

@@ -152,6 +152,8 @@ class Launches:
         self.w = normal(layer.rows, product.n) if is_wgrad else normal(*self._weight_shape()).mul_(product.k**-0.5)
         self.outputs = self._outputs(device, dtype)
         self.extra = normal(layer.rows, 2 * product.n) if product.op == "down_dgrad" else None
+        # Of down_dgrad's router gradient: one number a row and column tile, so their number depends on the blocks.
+        self.parts: Tensor | None = None
         self.row_weight = torch.rand(layer.rows, generator=generator, device=device) + 0.5
 
     def _weight_shape(self) -> tuple[int, int, int]:
@@ -184,9 +186,9 @@ class Launches:
             launch = mlp.up_swiglu_launch(self.x, None, self.w, self.row_weight, h, act, schedule, blocks)
         elif op == "down_dgrad":
             assert self.extra is not None
-            parts = torch.empty(rows, -(-self.product.n // blocks.block_n), device=self.x.device)
+            self.parts = torch.empty(rows, -(-self.product.n // blocks.block_n), device=self.x.device)
             inputs, (dh, act) = (self.x, self.w, self.extra, self.row_weight), self.outputs
-            launch = mlp.down_dgrad_launch(*inputs, dh, act, parts, schedule, blocks)
+            launch = mlp.down_dgrad_launch(*inputs, dh, act, self.parts, schedule, blocks)
         else:
             accumulate = op == "wgrad_fp32"
             launch = gemm.wgrad_launch(self.w, self.x, self.outputs[0], schedule.offsets, blocks, accumulate)
@@ -196,6 +198,17 @@ class Launches:
         """Outputs that are added to start from zero again; the others are overwritten."""
         if self.product.op == "wgrad_fp32":
             self.outputs[0].zero_()
+
+    def poison(self) -> None:
+        """Like `reset`, and what is overwritten holds NaN: an element that a candidate leaves out is not the fallback's."""
+        self.reset()
+        if self.product.op != "wgrad_fp32":
+            for output in (*self.outputs, *([] if self.parts is None else [self.parts])):
+                output.fill_(torch.nan)
+
+    def results(self) -> list[Tensor]:
+        """All that the launch which was prepared last has computed."""
+        return [*self.outputs, *([] if self.parts is None else [self.parts.sum(1)])]
 
 
 # Relative distance of a candidate's result from the fallback's: the order of an fp32 sum differs, then bf16 rounds.
@@ -227,21 +240,21 @@ class CudaMeasure:
     def _verified(self, launches: Launches, blocks: Sequence[BlockConfig]) -> list[Callable[[], None] | None]:
         """Launches that ran and gave the fallback's result; None for the others."""
         runs: list[Callable[[], None] | None] = []
-        expected: Tensor | None = None
+        expected: list[Tensor] | None = None
         for candidate in blocks:
             try:
                 run = launches.prepare(candidate)
-                launches.reset()
+                launches.poison()
                 run()
                 torch.cuda.synchronize(self.device)
             except Exception as error:  # a compiler's or driver's refusal has no common type across Triton's versions
                 print(f"kernels: {launches.product.op} {candidate} failed: {type(error).__name__}: {str(error)[:200]}")
                 runs.append(None)
                 continue
-            result = launches.outputs[-1].float()
-            if expected is None:
-                expected = result.clone()
-            distance = float((result - expected).norm() / expected.norm())
+            results = launches.results()
+            expected = expected or [result.clone() for result in results]
+            distances = [float((a.float() - b.float()).norm() / b.float().norm()) for a, b in zip(results, expected, strict=True)]
+            distance = max(distances, key=lambda d: (d != d, d))  # NaN is the largest
             if not distance <= _SAME_RESULT:
                 print(f"kernels: {launches.product.op} {candidate} refused: its result is off by {distance:.2g}")
             runs.append(run if distance <= _SAME_RESULT else None)

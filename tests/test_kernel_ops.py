@@ -11,6 +11,7 @@ from torch import Tensor, library
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
+from megagrin.kernels.cross_entropy import linear_cross_entropy
 from megagrin.kernels.grouped_gemm import grouped_gemm, k_grouped_wgrad
 from megagrin.kernels.moe_mlp import expert_mlp
 from megagrin.kernels.permute import permute, sort_by_expert, unpermute
@@ -115,8 +116,11 @@ def test_fake_tensors_go_through() -> None:
         x_TD, v_R = torch.empty(9, 6, dtype=torch.bfloat16, requires_grad=True), torch.empty(18, requires_grad=True)
         up, down = torch.empty(4, 10, 6, requires_grad=True), torch.empty(4, 6, 5, requires_grad=True)
         y_TD = unpermute(expert_mlp(x_TD, up, down, v_R, plan.counts_E, plan=plan), plan)
-        y_TD.sum().backward()
-        for leaf in (x_TD, up, down, v_R):
+        w_VD, b_V = (torch.empty(*shape, dtype=torch.bfloat16, requires_grad=True) for shape in ((11, 6), (11,)))
+        loss = linear_cross_entropy(y_TD, w_VD, b_V, torch.zeros(9, dtype=torch.int64))
+        assert (loss.shape, loss.dtype) == ((), torch.float32)
+        loss.backward()
+        for leaf in (x_TD, up, down, v_R, w_VD, b_V):
             assert (leaf.grad.shape, leaf.grad.dtype) == (leaf.shape, leaf.dtype)
         assert (y_TD.shape, y_TD.dtype) == (x_TD.shape, torch.bfloat16)
 
@@ -146,8 +150,8 @@ def test_bytes_saved_for_backward() -> None:
     up = normal(n_experts, 2 * d_ff, d_model, seed=3, dtype=bf16).requires_grad_()
     down = normal(n_experts, d_model, d_ff, seed=4, dtype=bf16).requires_grad_()
 
-    def fused() -> Tensor:
-        return unpermute(expert_mlp(x_TD, up, down, v_R, plan.counts_E, plan=plan), plan)
+    def fused(backward_weight_R: Tensor | None = None) -> Tensor:
+        return unpermute(expert_mlp(x_TD, up, down, v_R, plan.counts_E, backward_weight_R, plan), plan)
 
     def naive() -> Tensor:
         h_R2F = grouped_gemm(permute(x_TD * 1, plan), up, plan.counts_E)
@@ -157,6 +161,7 @@ def test_bytes_saved_for_backward() -> None:
     routing = 8 * rows * 2 + 8 * n_experts + 4 * rows  # source, place; counts; v
     two_bytes = 2 * (n_tokens * d_model + rows * 2 * d_ff)  # x, h
     assert saved_bytes(fused, [up, down]) == two_bytes + routing
+    assert saved_bytes(lambda: fused(torch.ones(rows)), [up, down]) == two_bytes + routing + 4 * rows
     beyond_h = 2 * rows * (d_model + d_ff)  # sorted x and act
     # silu(gate) too, y in two dtypes: how many copies a layer of single ops keeps depends on how it is written.
     assert saved_bytes(naive, [up, down]) >= two_bytes - 2 * n_tokens * d_model + beyond_h + 2 * rows * d_model

@@ -85,22 +85,6 @@ def test_grouped_gemm_takes_strided_inputs() -> None:
     assert torch.autograd.gradcheck(lambda x, w: grouped_gemm(x, w, counts), tuple(strided))
 
 
-def test_grouped_gemm_errors_name_what_does_not_fit() -> None:
-    x, w, counts = torch.zeros(4, 3), torch.zeros(2, 5, 3), torch.tensor([1, 3])
-    wrong = [
-        ((x, torch.zeros(2, 5, 4), counts), r"x \(4, 3\) and w \(2, 5, 4\) must be \(R, K\) and \(E, N, K\) with one K"),
-        ((x[0], w, counts), r"x \(3,\) and w"),
-        ((x, w, torch.tensor([1, 1, 2])), r"counts \(3,\) torch.int64 must be int64 of shape \(2,\)"),
-        ((x, w, counts.int()), r"counts \(2,\) torch.int32 must be int64"),
-        ((x.double(), w, counts), r"x is torch.float64 on cpu, w is torch.float32 on cpu; they must agree"),
-        ((x, w, torch.tensor([1, 2])), r"counts sum to 3, x has 4 rows; they must be equal"),
-        ((x, w, torch.tensor([1, 4])), r"counts sum to 5, x has 4 rows; they must be equal"),
-    ]
-    for arguments, message in wrong:
-        with pytest.raises(ValueError, match=message):
-            grouped_gemm(*arguments)
-
-
 @pytest.mark.parametrize("own_backward_weight", [False, True])
 @pytest.mark.parametrize("counts", COUNTS, ids=str)
 def test_expert_mlp_equals_a_swiglu_per_row(counts: list[int], own_backward_weight: bool) -> None:
@@ -147,26 +131,6 @@ def test_backward_leaves_saved_tensors_alone() -> None:
     assert torch.equal(dy_RD, kept)
     for a, b in zip(first, second, strict=True):
         assert torch.equal(a, b)
-
-
-def test_expert_mlp_errors_name_what_does_not_fit() -> None:
-    x, gate_up, down, v, counts = (
-        torch.zeros(4, 3),
-        torch.zeros(2, 10, 3),
-        torch.zeros(2, 3, 5),
-        torch.zeros(4),
-        torch.tensor([1, 3]),
-    )
-    wrong = [
-        ((x, gate_up, down.mT, v, counts), r"gate_up \(2, 10, 3\) and down \(2, 5, 3\) must be \(E, 2F, D\) and \(E, D, F\)"),
-        ((x, gate_up[:, :9], down, v, counts), r"gate_up \(2, 9, 3\) and down"),
-        ((x, gate_up, down, v[:3], counts), r"weight \(3,\) must be \(4,\), one number a row"),
-        ((x, gate_up, down, v, counts, v[:, None]), r"backward_weight \(4, 1\) must be \(4,\), one number a row"),
-        ((x, gate_up, down, v, counts[:1]), r"counts \(1,\) torch.int64 must be int64 of shape \(2,\)"),
-    ]
-    for arguments, message in wrong:
-        with pytest.raises(ValueError, match=message):
-            expert_mlp(*arguments)
 
 
 def rounded(x: Tensor) -> Tensor:
@@ -361,17 +325,6 @@ def test_cross_entropy_bf16_rounds_where_it_says(scale: float) -> None:
             continue
         bias = float((got.double() * exact).sum() / exact.square().sum()) - 1
         assert abs(bias) < 3e-4, (name, bias)  # bf16 has 1/3 and 1/6143 0.2 % off
-
-
-def test_cross_entropy_refuses_shapes_and_labels_that_do_not_fit() -> None:
-    x, w, label = torch.zeros(4, 3), torch.zeros(7, 3), torch.zeros(4, dtype=torch.int64)
-    for arguments in ((x, w[:, :2], None, label), (x, w, None, label[:3]), (x[0], w, None, label), (x, w[0], None, label)):
-        with pytest.raises(ValueError, match=r"linear_cross_entropy: x .* w .* label .* must be \(T, D\), \(V, D\), \(T,\)"):
-            linear_cross_entropy(*arguments)
-    for wrong in (-1, -99, 7):
-        label[2] = wrong
-        with pytest.raises((RuntimeError, IndexError), match="out of"):
-            linear_cross_entropy(x, w, None, label)
 
 
 def test_uniform_logits_cost_log_v() -> None:

@@ -15,6 +15,11 @@ HERE = Path(__file__).resolve().parent
 NO_TESTS, OUT_OF_TIME = 5, 124
 
 
+def verdict(returncode: int) -> int:
+    """0 where all is well; a process that a signal ended (negative) has failed, as the shell counts it."""
+    return 0 if returncode == NO_TESTS else returncode if returncode >= 0 else 128 - returncode
+
+
 def start(file: Path, folder: Path) -> subprocess.Popen[bytes]:
     """pytest on one file; its output and results go to files in `folder`. Not tests/conftest.py: it needs more packages."""
     command = [
@@ -63,7 +68,7 @@ def main() -> int:
                 status = OUT_OF_TIME
             print((folder / f"{file.stem}.txt").read_text(errors="replace"))
             print(f"{file.name}: {'not done in time' if status == OUT_OF_TIME else f'status {status}'}", flush=True)
-            worst = max(worst, 0 if status == NO_TESTS else status)
+            worst = max(worst, verdict(status))
         if options.junit is not None:
             merge([folder / f"{file.stem}.xml" for file in files], options.junit)
     return worst

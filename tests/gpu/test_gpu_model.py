@@ -19,6 +19,10 @@ from megagrin.parallel.mesh import ParallelConfig, build_mesh
 from megagrin.runtime import RuntimeConfig, session
 
 KERNELS = {
+    "count_kernel",
+    "place_kernel",
+    "gather_rows_kernel",
+    "sparsemixer_sums",
     "schedule_kernel",
     "m_grouped_kernel",
     "wgrad_kernel",
@@ -68,6 +72,22 @@ def test_a_layer_repeats_bit_for_bit() -> None:
         first = first or found
         for index, (a, b) in enumerate(zip(first, found, strict=True)):
             assert torch.equal(a, b), f"result {index} changed"
+
+
+def test_a_layer_never_waits_for_the_device() -> None:
+    """No size comes to the host, forward or backward."""
+    layer, x_BSD, train = layer_and_inputs()
+    dy = torch.randn_like(x_BSD)
+
+    def step() -> None:
+        torch.autograd.grad(layer(x_BSD, train)[0], [x_BSD, *layer.parameters()], dy)
+
+    step()  # compiling and the tables of blocks may wait
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def batches(steps: int) -> list[Batch]:

@@ -74,6 +74,22 @@ def test_grouped_products(counts: list[int], widths: tuple[int, int], dtype: tor
         assert count or not wide[expert].any(), f"idle expert {expert} has a gradient"
 
 
+def test_weights_beyond_31_bits() -> None:
+    """Weights and their gradient of more than 2^31 numbers: the last expert lies where a 32-bit offset would wrap."""
+    n_experts, n, k, rows = 128, 4352, 4096, 65
+    w = torch.empty(n_experts, n, k, device="cuda", dtype=torch.bfloat16)
+    assert w[-1].storage_offset() > 1 << 31
+    w[-1] = normal(n, k, dtype=torch.bfloat16)
+    counts_E = torch.tensor([0] * (n_experts - 1) + [rows], device="cuda")
+    x, dy = normal(rows, k, dtype=torch.bfloat16), normal(rows, n, dtype=torch.bfloat16)
+    x64, w64, dy64 = x.double(), w[-1].double(), dy.double()
+    assert_close(m_grouped(x, w, counts_E), x64 @ w64.T, "forward")
+    assert_close(m_grouped_dgrad(dy, w, counts_E), dy64 @ w64, "dgrad")
+    dw = k_grouped_wgrad(dy, x, counts_E)
+    assert_close(dw[-1], dy64.T @ x64, "wgrad")
+    assert not dw[-2].any()
+
+
 @pytest.mark.parametrize("own_backward_weight", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("counts", [[0, 1, 63, 65], [300, 0, 17, 0]], ids=str)

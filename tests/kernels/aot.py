@@ -19,7 +19,9 @@ from typing import Any
 SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448}
 # Columns of tensor memory on sm_100.
 TENSOR_MEMORY_LIMIT = 512
-MAX_REGISTERS = 255
+# Registers of a multiprocessor. A kernel without products hides its memory's latency by other programs: at least three must fit.
+# Of a product one fills it; what the compiler's 255 a thread do not hold are spills.
+REGISTER_FILE, LEAST_PROGRAMS = 65_536, 3
 _TENSOR_CORE = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 
 
@@ -64,8 +66,9 @@ class Report:
     def problems(self) -> list[str]:
         """Every limit that is broken."""
         found = []
-        if self.registers > MAX_REGISTERS:
-            found.append(f"{self.registers} registers, at most {MAX_REGISTERS}")
+        programs = 1 if self.dots else LEAST_PROGRAMS
+        if self.registers * 32 * self.num_warps * programs > REGISTER_FILE:
+            found.append(f"{self.registers} registers a thread: no room for {programs} programs of {self.num_warps} warps")
         if self.spills:
             found.append(f"{self.spills} spill stores")
         if self.shared > SHARED_LIMIT[self.arch]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import moe_contestants
+import moe_published
 import moe_report
 import moe_shapes
 import pytest
@@ -109,8 +110,18 @@ def test_nothing_measured_on_a_cpu_meets_or_misses_a_goal(smoke: tuple[dict[str,
     record, text, _ = smoke
     assert {goal["verdict"] for goal in record["goals"]} == {"unmeasured"}
     assert "| met |" not in text
+    assert "| wide-32k | SonicMoE | H100 | 596 | 587 | – |" in text
     for part in ("## Goals", "torch:", "command:", "learned routing", "balanced routing", "Roofline", "kernel alone"):
         assert part.replace(":", "") in text, part
+
+
+def test_published_figures_belong_to_a_shape_and_name_gpu_and_source() -> None:
+    assert {row.shape for row in moe_published.PUBLISHED} <= {shape.name for shape in SHAPES}
+    for row in moe_published.PUBLISHED:
+        assert row.who
+        assert row.gpu
+        assert row.source
+        assert row.backward is None or row.total is None
 
 
 def test_a_wrong_contestant_is_not_timed() -> None:

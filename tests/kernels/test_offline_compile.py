@@ -106,10 +106,13 @@ def test_entry_kernels_are_told_from_device_functions(tmp_path: Path, monkeypatc
 def test_limits_are_noticed() -> None:
     good = aot.Report("k", 90, 8, 4, 166, 0, 229_408, 0, 1, 0, 4, 8)
     assert good.problems() == []
-    broken = [("registers", 256), ("spills", 1), ("shared", 232_449), ("tensor_memory", 513), ("tensor_core", 0)]
+    broken = [("registers", 257), ("spills", 1), ("shared", 232_449), ("tensor_memory", 513), ("tensor_core", 0)]
     for name, value in broken:
         assert len(dataclasses.replace(good, **{name: value}).problems()) == 1, name
     assert dataclasses.replace(good, exact=1, tensor_core=0).problems() == []
+    copies = dataclasses.replace(good, dots=0, tensor_core=0, bulk_loads=0, registers=85)
+    assert copies.problems() == []
+    assert len(dataclasses.replace(copies, registers=86).problems()) == 1
 
 
 @pytest.mark.timeout(300)

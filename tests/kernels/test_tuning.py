@@ -1,5 +1,6 @@
 """Tables of measured blocks: looked up, refused when damaged, written whole."""
 
+import importlib.metadata
 import json
 import logging
 from pathlib import Path
@@ -122,6 +123,18 @@ def test_an_unknown_gpu_takes_the_fallback_and_says_so(folder: Path, caplog: pyt
         "kernels: no table nvidia_b300_triton3.6.json: NVIDIA B300 under Triton 3.6 takes the fallback blocks",
         "kernels: no table nvidia_h200_triton3.7.json: NVIDIA H200 under Triton 3.7 takes the fallback blocks",
     ]
+
+
+def test_the_version_is_that_of_the_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Triton that torch brings along can be installed as pytorch-triton."""
+
+    def unknown(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    triton = pytest.importorskip("triton")
+    monkeypatch.setattr(importlib.metadata, "version", unknown)
+    tuning.triton_version.cache_clear()
+    assert triton.__version__.startswith(f"{tuning.triton_version()}.")
 
 
 def test_only_the_first_rank_speaks(folder: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
