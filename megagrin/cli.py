@@ -11,6 +11,7 @@ COMMANDS = {
     "generate": ("megagrin.generate", "main", "continue a prompt with a trained model"),
     "export-hf": ("megagrin.hf", "main_export", "write a checkpoint as a Hugging Face PhimoeForCausalLM folder"),
     "import-hf": ("megagrin.hf", "main_import", "read a Hugging Face PhimoeForCausalLM folder into a checkpoint"),
+    "convert-checkpoint": ("megagrin.convert", "main", "between native checkpoints and DeepSpeed's own (under torchrun)"),
     "kernels": ("megagrin.kernel_tuning", "main", "measure kernel block sizes on this GPU"),
     "plot": ("megagrin.plot", "main", "draw loss curve and expert load of a run"),
 }
@@ -19,7 +20,7 @@ EXIT_USAGE = 2
 
 def usage() -> str:
     """The list of commands."""
-    lines = [f"  {name:<11}{text}" for name, (_, _, text) in COMMANDS.items()]
+    lines = [f"  {name:<20}{text}" for name, (_, _, text) in COMMANDS.items()]
     return "\n".join(
         ["usage: megagrin <command> [options]", "", *lines, "", "megagrin <command> --help shows a command's options."]
     )

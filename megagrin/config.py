@@ -55,7 +55,7 @@ def parse(
         extra(parser)
     _check_keys(parser, argv)
     if defaults is not None:
-        parser.set_defaults(defaults(lambda key: _peek(argv, key)))
+        parser.set_defaults(defaults(lambda key: peek(argv, key)))
     try:
         namespace = parser.parse_args(argv)
         instance = parser.instantiate(namespace)
@@ -147,11 +147,12 @@ def _unexpected_nulls(config: Any, prefix: str = "") -> list[str]:
     return keys
 
 
-def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted keys of a nested dictionary, those of sections included."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, dict):
-            flat |= _flatten(value, f"{prefix}{key}.")
+            flat |= flatten(value, f"{prefix}{key}.")
         flat[f"{prefix}{key}"] = value
     return flat
 
@@ -162,11 +163,11 @@ def _recipes(argv: list[str]) -> list[str]:
     return files
 
 
-def _peek(argv: list[str], key: str) -> str | None:
+def peek(argv: list[str], key: str) -> str | None:
     """The value that the last source gives a dotted key, before any parsing."""
     value = None
     for file in _recipes(argv):
-        value = _flatten(read_recipe(file)).get(key, value)
+        value = flatten(read_recipe(file)).get(key, value)
     for place, argument in enumerate(argv):
         if argument.startswith(f"--{key}="):
             value = argument.split("=", 1)[1]
@@ -184,7 +185,7 @@ def _check_keys(parser: ArgumentParser, argv: list[str]) -> None:
         if argument.startswith("--") and key not in known:
             raise ValueError(_unknown(key, known, "command line"))
     for file in _recipes(argv):
-        for key in _flatten(read_recipe(file)):
+        for key in flatten(read_recipe(file)):
             if key not in known:
                 raise ValueError(_unknown(key, known, file))
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from megagrin import checkpoint, config
 from megagrin.checkpoint import CheckpointConfig, CheckpointInfo
 from megagrin.data.loader import Batch, DataConfig, GlobalBatches, evaluation_batches
@@ -20,7 +22,7 @@ from megagrin.models.transformer import ModelConfig
 from megagrin.moe.balance import BalanceConfig
 from megagrin.moe.router import RouterConfig
 from megagrin.optim import OptimConfig
-from megagrin.parallel.mesh import ParallelConfig, build_mesh
+from megagrin.parallel.mesh import ParallelConfig, ParallelMesh, build_mesh
 from megagrin.parallel.pipeline import bubble_over_work, describe_parts, stage_parts
 from megagrin.runtime import Runtime, RuntimeConfig
 
@@ -198,6 +200,21 @@ def parse_config(argv: list[str], extra: Callable[[Any], None] | None = None) ->
     return config.parse(RunConfig, argv, "megagrin train", DESCRIPTION, _preset_defaults, extra)
 
 
+def build_engine(run: RunConfig, mesh: ParallelMesh, device: torch.device) -> Engine:
+    """The engine of a run, with its initial weights."""
+    return ENGINES[run.engine.kind](
+        run.model,
+        run.router,
+        run.balance,
+        run.optim,
+        run.engine,
+        mesh,
+        device,
+        run.train.seed,
+        run.train.micro_batch_size * run.train.seq_len,
+    )
+
+
 class Trainer:
     """Builds a run's parts and moves them between memory and disk. The loop itself is in megagrin/train.py."""
 
@@ -226,17 +243,7 @@ class Trainer:
                 dp_size=self.mesh.dp_size,
                 **common,
             )
-        self.engine = ENGINES[run.engine.kind](
-            run.model,
-            run.router,
-            run.balance,
-            run.optim,
-            run.engine,
-            self.mesh,
-            runtime.device,
-            run.train.seed,
-            run.train.micro_batch_size * run.train.seq_len,
-        )
+        self.engine = build_engine(run, self.mesh, runtime.device)
 
     def resume(self) -> int:
         """Continue from the newest checkpoint of the run folder, or take weights from train.init_from.

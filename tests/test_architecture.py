@@ -51,6 +51,7 @@ FLOORS = {
     "megagrin.generate": 5,
     "megagrin.hf": 5,
     "megagrin.trainer": 6,
+    "megagrin.convert": 7,
     "megagrin.train": 7,
     "megagrin.cli": 8,
 }

@@ -49,7 +49,7 @@ class DeepSpeedEngine(Engine):
         self._groups.register()
         self.model = self.build(None, None)
         self.model.to(self.compute_dtype)
-        # DeepSpeed prepares a backward pass by hooks on the tensors that it finds in what the model returns: it looks into tuples.
+        # DeepSpeed prepares backward passes by hooks on the tensors that it finds in what a model returns: it looks into tuples.
         self.model.register_forward_hook(lambda module, arguments, output: (output.loss_sum, output))
         kinds = axes(self.model, self.mesh)
         self.placed = {name: place(parameter, kinds[name], self.mesh) for name, parameter in self.model.named_parameters()}
@@ -187,7 +187,8 @@ class DeepSpeedEngine(Engine):
             yield output.loss_sum
 
     def _run(self, micro_batch: MicroBatch) -> Output:
-        _, output = run_part(self.zero, micro_batch)  # type: ignore[misc]  # see the hook in setup
+        returned: Any = run_part(self.zero, micro_batch)  # a tuple: see the hook in setup
+        output: Output = returned[1]
         return output
 
     def state(self, optimizer: bool = True) -> dict[str, Tensor]:

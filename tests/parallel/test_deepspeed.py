@@ -1,6 +1,9 @@
 """The DeepSpeed engine on gloo: the run of the native engine in one process, under every ZeRO stage, offload and layout."""
 
 import contextlib
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -120,6 +123,26 @@ def run_deepspeed(run: Run) -> dict[str, Any]:
         }
 
 
+def build_op(name: str) -> None:
+    """Compile one of DeepSpeed's C++ parts, once a machine: ranks that do it together wait for each other for minutes."""
+    command = f"from deepspeed.ops.op_builder import {name}; {name}().load()"
+    environment = os.environ | {"DS_ACCELERATOR": "cpu"}
+    done = subprocess.run([sys.executable, "-c", command], env=environment, capture_output=True, text=True, timeout=800)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def cpu_adam() -> None:
+    """DeepSpeed's AdamW on the CPU."""
+    build_op("CPUAdamBuilder")
+
+
+@pytest.fixture(scope="module")
+def async_io() -> None:
+    """DeepSpeed's reads and writes of files; needs libaio's headers (Debian: libaio-dev)."""
+    build_op("AsyncIOBuilder")
+
+
 MANY = {
     "dp2": (2, Run(DP, 1)),
     "ep2": (2, Run(EP2, 1)),
@@ -134,7 +157,7 @@ MANY = {
 
 
 @pytest.mark.parametrize("layout", MANY)
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.long), 2, 3])
 def test_same_run(gloo: GlooPool, stage: int, layout: str) -> None:
     """Sampled experts, losses, clip norms, every gradient, final weights; several micro-batches a step."""
     world_size, run = MANY[layout]
@@ -157,11 +180,13 @@ def assert_same(gloo: GlooPool, world_size: int, run: Run) -> None:
         pytest.param({"zero": 3, "offload_optimizer": "cpu", "offload_parameters": "cpu"}, id="zero3-all-cpu"),
     ],
 )
+@pytest.mark.usefixtures("cpu_adam")
 def test_offload_to_cpu(gloo: GlooPool, engine: dict[str, Any]) -> None:
     """DeepSpeed's AdamW on the CPU; experts have a group of their own."""
     assert_same(gloo, 4, Run(EP2, 1, "fp32", engine=engine))
 
 
+@pytest.mark.usefixtures("cpu_adam", "async_io")
 @pytest.mark.parametrize("parameters", ["none", "nvme"])
 def test_offload_to_nvme(gloo: GlooPool, tmp_path: Path, parameters: str) -> None:
     """fp32 weights and moments, and the shards of the weights, live in files between their uses."""
@@ -260,6 +285,7 @@ ZERO2, ZERO3 = Run(EP2, 1, "fp32", engine={"zero": 2}), Run(TP2, 1, "fp32", engi
 BF16 = replace(ZERO2, dtype="bf16", engine={"zero": 1})
 
 
+@pytest.mark.usefixtures("cpu_adam")
 @pytest.mark.parametrize(
     ("ranks", "run", "kind"),
     [
