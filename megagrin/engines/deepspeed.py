@@ -8,6 +8,7 @@ Weights are handed over in the dtype of products. The router's too: its logits a
 where FSDP2 leaves them fp32. In fp32 both engines give the same run.
 """
 
+import dataclasses
 import logging
 import os
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from torch.distributed.tensor import DTensor
 
 from megagrin import checkpoint
 from megagrin.checkpoint import DEEPSPEED_FOLDER, Format
+from megagrin.config import changed_fields
 from megagrin.data.loader import Batch
 from megagrin.engines.base import Engine
 from megagrin.engines.zero_groups import Groups, Placed, axes, moe_marker, place
@@ -167,17 +169,26 @@ class DeepSpeedEngine(Engine):
         if checkpoint.format_of(path) == "native":
             super().load(path, step)
             return
-        files = len(list((path / DEEPSPEED_FOLDER).glob("*_optim_states.pt")))
-        if files != dist.get_world_size():
-            raise ValueError(f"{path}: DeepSpeed's files of {files} ranks are read by as many, not by {dist.get_world_size()}")
-        try:
-            _, client_state = self.zero.load_checkpoint(str(path), tag=DEEPSPEED_FOLDER)
-        except (AssertionError, RuntimeError, KeyError) as error:
-            raise ValueError(f"{path}: DeepSpeed cannot read this layout's state from its files: {error}") from error
+        self._refuse_other_layouts(path)
+        _, client_state = self.zero.load_checkpoint(str(path), tag=DEEPSPEED_FOLDER)
         self.previous_f_LE.copy_(client_state["previous_load"])
         self.zero_state.link_moments()
         # Each rank has read its own fp32 weights; those in dtype are of the rank that saved them for all.
         self.zero_state.publish()
+
+    def _refuse_other_layouts(self, path: Path) -> None:
+        """DeepSpeed itself would fill the flat partitions of another layout as far as they go, without a word."""
+        files = len(list((path / DEEPSPEED_FOLDER).glob("*_optim_states.pt")))
+        if files != dist.get_world_size():
+            raise ValueError(f"{path}: DeepSpeed's files of {files} ranks are read by as many, not by {dist.get_world_size()}")
+        saved = checkpoint.read_info(path).run
+        now = {"parallel": dataclasses.asdict(self.mesh.config), "engine": dataclasses.asdict(self.config)}
+        differing = changed_fields({section: saved[section] for section in now}, now)
+        decisive = ("parallel.", "engine.zero", "engine.dtype", "engine.offload")
+        if changes := [change for change in differing if change.startswith(decisive)]:
+            raise ValueError(
+                f"{path}: DeepSpeed's files belong to another layout ({'; '.join(changes)}); convert it by way of native"
+            )
 
     def losses(self, batches: list[Batch]) -> Iterator[Tensor]:
         """See `Engine.losses`."""

@@ -68,7 +68,7 @@ class ZeroState:
                 self.optimizer._optimizer_states_and_gradient_swap_in(index)
             state = inner.state[flat]
             if "exp_avg" not in state:
-                state["step"] = torch.zeros(()) if isinstance(inner, torch.optim.AdamW) else 0
+                state["step"] = self._counted(0, flat)
                 state |= {moment: torch.zeros_like(flat) for moment in MOMENTS}
             if self._swappable(index):
                 self.optimizer._optimizer_states_and_gradient_swap_out(index)
@@ -84,7 +84,12 @@ class ZeroState:
         """Let bias correction count on from `step` optimizer steps done."""
         inner = self.optimizer.optimizer
         for flat in self._flat_masters():
-            inner.state[flat]["step"] = torch.tensor(float(step)) if isinstance(inner, torch.optim.AdamW) else step
+            inner.state[flat]["step"] = self._counted(step, flat)
+
+    def _counted(self, step: int, flat: Tensor) -> Tensor | int:
+        """Steps as the inner optimizer counts them: torch's fused AdamW in a tensor on its device, DeepSpeed's in a number."""
+        torchs = isinstance(self.optimizer.optimizer, torch.optim.AdamW)
+        return torch.tensor(float(step), device=flat.device) if torchs else step
 
     def norm(self) -> Tensor:
         """Euclidean norm over all gradients of all ranks, each element counted once; call it between backward and step.

@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -196,6 +196,7 @@ def test_offload_to_nvme(gloo: GlooPool, tmp_path: Path, parameters: str) -> Non
     engine["deepspeed_config"] = str(settings)
     wide = replace(MODEL, d_model=64, d_ff=640)  # DeepSpeed writes nothing to files that is smaller than 1 MiB
     assert_same(gloo, 2, Run(EP2, 1, "fp32", model=wide, engine=engine))
+    check_resume(gloo, tmp_path, 2, Run(EP2, 1, "fp32", model=wide, engine=engine), "native")
     for kind in ["optimizer"] + ["*params"] * (parameters == "nvme"):
         assert list(tmp_path.glob(f"zero_stage_3/{kind}/rank*/*.swp")), f"nothing was offloaded to {kind}"
 
@@ -273,7 +274,7 @@ def train(run: Run, steps: range, load: str | None = None, save: tuple[str, str]
         losses = [engine.train_step(micro_batches(run, step, engine.mesh), step, 1e-3).loss for step in steps]
         if save is not None:
             folder, kind = save
-            info = CheckpointInfo(steps.stop, 0, {})
+            info = CheckpointInfo(steps.stop, 0, {"parallel": asdict(run.parallel), "engine": asdict(engine.config)})
             checkpoint.commit(Path(folder), info, lambda path: engine.save(path, kind))  # type: ignore[arg-type]
         valid = engine.evaluate(micro_batches(run, 9, engine.mesh))
         state = {name: full(tensor) for name, tensor in engine.state().items()}
@@ -299,12 +300,37 @@ BF16 = replace(ZERO2, dtype="bf16", engine={"zero": 1})
 )
 def test_resumes_bit_for_bit(gloo: GlooPool, tmp_path: Path, ranks: int, run: Run, kind: str) -> None:
     """Four steps are two, a checkpoint in either format, a new engine and two more."""
+    check_resume(gloo, tmp_path, ranks, run, kind)
+
+
+def check_resume(gloo: GlooPool, tmp_path: Path, ranks: int, run: Run, kind: str) -> None:
     whole = gloo.run(ranks, train, run, range(4))
     gloo.run(ranks, train, run, range(2), None, (str(tmp_path), kind))
     for ours, expected in zip(gloo.run(ranks, train, run, range(2, 4), str(tmp_path)), whole, strict=True):
         assert ours["losses"] == expected["losses"][2:]
         assert ours["valid"] == expected["valid"]
         assert all(torch.equal(ours["state"][name], tensor) for name, tensor in expected["state"].items())
+
+
+def run_poisoned(run: Run) -> tuple[str, bool]:
+    """A step whose gradients are not finite: what it says, and whether all weights and moments stayed."""
+    with deepspeed_engine(run) as engine:
+        engine.train_step(micro_batches(run, 0, engine.mesh), 0, 1e-3)
+        before = {name: full(tensor) for name, tensor in engine.state().items()}
+        layer = moe_layers(engine.model)[0]
+        layer.register_forward_hook(lambda module, arguments, output: (output[0] * float("nan"), output[1]))
+        with pytest.raises(FloatingPointError) as error:
+            engine.train_step(micro_batches(run, 1, engine.mesh), 1, 1e-3)
+        after = {name: full(tensor) for name, tensor in engine.state().items()}
+        return str(error.value), all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+@pytest.mark.parametrize(("stage", "dtype"), [(1, "bf16"), (2, "fp32"), (3, "fp32")])
+def test_gradients_that_are_not_finite_change_nothing(gloo: GlooPool, stage: int, dtype: str) -> None:
+    """One line that names the step, on every rank; DeepSpeed itself would skip the step in silence."""
+    for message, unchanged in gloo.run(2, run_poisoned, Run(EP2, 2, dtype, engine={"zero": stage})):
+        assert message == "step 2: the gradient norm is nan; the weights were not changed"
+        assert unchanged
 
 
 @pytest.mark.parametrize(
@@ -332,5 +358,7 @@ def test_other_ranks_cannot_read_deepspeeds_files(gloo: GlooPool, tmp_path: Path
     gloo.run(2, train, ZERO2, range(1), None, (str(tmp_path), "deepspeed"))
     with pytest.raises(AssertionError, match="DeepSpeed's files of 2 ranks are read by as many, not by 4"):
         gloo.run(4, train, replace(ZERO2, parallel=TP2), range(1, 2), str(tmp_path))
+    with pytest.raises(AssertionError, match=r"belong to another layout: parallel.ep: 2 -> 1"):
+        gloo.run(2, train, replace(ZERO2, parallel=DP), range(1, 2), str(tmp_path))
     with pytest.raises(AssertionError, match="`megagrin convert-checkpoint` makes a native checkpoint of them"):
         gloo.run(1, train, NATIVE, range(1, 2), str(tmp_path))
