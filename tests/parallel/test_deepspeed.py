@@ -157,7 +157,7 @@ MANY = {
 
 
 @pytest.mark.parametrize("layout", MANY)
-@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.long), 2, 3])
+@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.long), pytest.param(2, marks=pytest.mark.long), 3])
 def test_same_run(gloo: GlooPool, stage: int, layout: str) -> None:
     """Sampled experts, losses, clip norms, every gradient, final weights; several micro-batches a step."""
     world_size, run = MANY[layout]
@@ -186,6 +186,7 @@ def test_offload_to_cpu(gloo: GlooPool, engine: dict[str, Any]) -> None:
     assert_same(gloo, 4, Run(EP2, 1, "fp32", engine=engine))
 
 
+@pytest.mark.long  # compiling DeepSpeed's file access takes four minutes on two cores
 @pytest.mark.usefixtures("cpu_adam", "async_io")
 @pytest.mark.parametrize("parameters", ["none", "nvme"])
 def test_offload_to_nvme(gloo: GlooPool, tmp_path: Path, parameters: str) -> None:
@@ -204,6 +205,8 @@ def test_offload_to_nvme(gloo: GlooPool, tmp_path: Path, parameters: str) -> Non
 @pytest.mark.parametrize(
     ("world_size", "run"),
     [
+        pytest.param(4, Run(EP2, 1, engine={"zero": 1}), id="zero1-dp4-ep2"),
+        pytest.param(4, Run(replace(TP2, ep=2, etp=2), 1, engine={"zero": 2}), id="zero2-tp2-ep2-etp2"),
         pytest.param(2, Run(DP, 1, steps=STEPS, engine={"zero": 2}), id="20-steps-zero2"),
         pytest.param(2, Run(EP2, 1, steps=STEPS, engine={"zero": 3}), id="20-steps-zero3-ep2"),
         pytest.param(1, Run(DP, 2, engine={"zero": 3}), id="one-rank"),

@@ -102,7 +102,7 @@ def test_every_layout(gloo: GlooPool, name: str) -> None:
 
 # 54 layouts of 20 steps take half an hour: CI has those of `make test`, `make test-all` has all.
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["fp32", "fp64"])
+@pytest.mark.parametrize("dtype", [pytest.param("fp32", marks=pytest.mark.long), "fp64"])
 @pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in FAST else pytest.mark.long) for name in LAYOUTS])
 def test_layout_over_20_steps(gloo: GlooPool, name: str, dtype: str) -> None:
     """The claim of the project: the same recipe is the same run on every layout."""
