@@ -93,17 +93,24 @@ def test_layout(gloo: GlooPool, name: str) -> None:
     assert_same_run(gloo, *run_of(name, "fp64", 3))
 
 
+# Eight ranks on two cores are slow: what CI leaves out, `make test-all` has.
+SMALL = [name for name, (ranks, _, _) in LAYOUTS.items() if ranks < 8]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(LAYOUTS.keys() - set(FAST)))
-def test_every_layout(gloo: GlooPool, name: str) -> None:
-    """Three steps in fp64 of those that `make test` leaves out."""
+@pytest.mark.parametrize("name", [name for name in SMALL if name not in FAST])
+def test_small_layout(gloo: GlooPool, name: str) -> None:
+    """Three steps in fp64 of those on up to four ranks that `make test` leaves out."""
     assert_same_run(gloo, *run_of(name, "fp64", 3))
 
 
-# 54 layouts of 20 steps take half an hour: CI has those of `make test`, `make test-all` has all.
+def _left_to_test_all(name: str) -> tuple[pytest.MarkDecorator, ...]:
+    return () if name in FAST and name in SMALL else (pytest.mark.long,)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [pytest.param("fp32", marks=pytest.mark.long), "fp64"])
-@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in FAST else pytest.mark.long) for name in LAYOUTS])
+@pytest.mark.parametrize("name", [pytest.param(name, marks=_left_to_test_all(name)) for name in LAYOUTS])
 def test_layout_over_20_steps(gloo: GlooPool, name: str, dtype: str) -> None:
     """The claim of the project: the same recipe is the same run on every layout."""
     assert_same_run(gloo, *run_of(name, dtype, 20))
