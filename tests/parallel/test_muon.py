@@ -183,7 +183,7 @@ def test_shards_step_as_whole_matrices_do(gloo: GlooPool, shape: Any, names: Any
             torch.testing.assert_close(got[name], expected(name, values[0], values[1:]), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "fp64"])
+@pytest.mark.parametrize("dtype", [pytest.param("fp32", marks=pytest.mark.long), "fp64"])
 @pytest.mark.parametrize(
     ("world_size", "parallel", "micro"),
     [

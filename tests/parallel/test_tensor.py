@@ -45,7 +45,7 @@ SHORT = [
 ]
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "fp64"])
+@pytest.mark.parametrize("dtype", [pytest.param("fp32", marks=pytest.mark.long), "fp64"])
 @pytest.mark.parametrize(("world_size", "parallel", "micro"), LONG)
 def test_same_run_over_20_steps(gloo: GlooPool, world_size: int, parallel: ParallelConfig, micro: int, dtype: str) -> None:
     assert_same_run(gloo, world_size, Run(parallel, micro, dtype, STEPS))

@@ -23,7 +23,7 @@ from helpers import GlooPool
 from torch import Tensor
 
 from megagrin import checkpoint
-from megagrin.engines import native
+from megagrin.engines import base
 from megagrin.parallel.mesh import ParallelConfig, ParallelMesh
 
 UNCLIPPED = replace(OPTIM, clip_norm=0.0)
@@ -124,12 +124,12 @@ def run_with_equal_draws(run: Run) -> dict[str, Any]:
     def first_slice(x_BS: Tensor, mesh: ParallelMesh) -> Tensor:
         return x_BS.chunk(mesh.size("tp"), dim=1)[0]
 
-    sliced = native.sequence_slice
-    native.sequence_slice = first_slice
+    sliced = base.sequence_slice
+    base.sequence_slice = first_slice
     try:
         return run_steps(run)
     finally:
-        native.sequence_slice = sliced
+        base.sequence_slice = sliced
 
 
 def test_tp_ranks_do_not_draw_equal_samples(gloo: GlooPool) -> None:
