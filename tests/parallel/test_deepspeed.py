@@ -139,7 +139,9 @@ def cpu_adam() -> None:
 
 @pytest.fixture(scope="module")
 def async_io() -> None:
-    """DeepSpeed's reads and writes of files; needs libaio's headers (Debian: libaio-dev)."""
+    """DeepSpeed's reads and writes of files."""
+    if not Path("/usr/include/libaio.h").exists():
+        pytest.skip("needs libaio's headers (Debian: libaio-dev)")
     build_op("AsyncIOBuilder")
 
 
