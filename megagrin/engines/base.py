@@ -36,7 +36,7 @@ class EngineConfig:
 
     Attributes:
         kind: native: FSDP2, with every parallel dimension; deepspeed: DeepSpeed's ZeRO, with offload to CPU memory and NVMe
-            (section deepspeed), without pipeline. `--engine=deepspeed` says the same.
+            (offload_optimizer, offload_parameters), without pipeline. `--engine=deepspeed` says the same.
         dtype: dtype of matrix products. bf16 keeps fp32 master weights and reduces gradients in fp32; fp64 is for tests.
         zero: what the data-parallel ranks share besides the optimizer state. 1: nothing, gradients are summed up whole on each
             rank and reduced once a step; 2: gradients, reduced after each micro-batch and summed up in shards; 3: parameters,

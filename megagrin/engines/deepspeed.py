@@ -80,7 +80,7 @@ class DeepSpeedEngine(Engine):
             for name, parameter in list(block.named_parameters()):
                 owner, _, leaf = name.rpartition(".")
                 plain = nn.Parameter(local_tensor(parameter.detach()).zero_())
-                self._groups.mark(plain, self.placed[f"{path}.{name}"].axis)
+                self._groups.mark(plain, self.placed[f"{path}.{name}"])
                 block.get_submodule(owner).register_parameter(leaf, plain)
             if self.config.zero == 3 and any(True for _ in block.parameters()):
                 data_parallel = self._groups.get_data_parallel_group()
@@ -144,14 +144,14 @@ class DeepSpeedEngine(Engine):
         """See `Engine.update`."""
         state = self.zero_state
         state.step = step
-        if state.clips_itself:
+        if state.clipped_outside:
             norm = state.norm()
             if self.optim_config.clip_norm > 0:
                 state.clip(norm, self.optim_config.clip_norm)
         for group in self.zero.optimizer.param_groups:
             group["lr"] = lr
         self.zero.step()
-        return norm if state.clips_itself else torch.as_tensor(self.zero.get_global_grad_norm())
+        return norm if state.clipped_outside else torch.as_tensor(self.zero.get_global_grad_norm())
 
     def save(self, folder: Path, kind: Format) -> None:
         """See `Engine.save`; kind deepspeed lets DeepSpeed write its own files."""

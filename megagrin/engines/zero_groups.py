@@ -110,9 +110,12 @@ class Groups:
             groups._EXPERT_PARALLEL_GROUP_RANKS[name] = dist.get_process_group_ranks(experts)
             groups._EXPERT_DATA_PARALLEL_GROUP_RANKS[name] = dist.get_process_group_ranks(self.by_axis[axis])
 
-    def mark(self, parameter: nn.Parameter, axis: Axis) -> None:
-        """Tell DeepSpeed over whom a parameter's gradient is reduced."""
+    def mark(self, parameter: nn.Parameter, placed: Placed) -> None:
+        """Tell DeepSpeed over whom a parameter's gradient is reduced, and whether tp cuts it."""
+        axis = placed.axis
         name = self.name(axis)
+        # Its bf16 optimizer takes a norm whether or not it clips, and fails on a tp rank without a parameter marked so.
+        parameter.tensor_model_parallel = axis == "dense" and placed.replicas == 1  # type: ignore[attr-defined]
         parameter.ds_zero_partition_process_group = self.by_axis[axis]  # type: ignore[attr-defined]  # ZeRO-3 asks for this one
         if name is not None:
             parameter.allreduce = False  # type: ignore[attr-defined]  # ZeRO-1 and 2 ask for these

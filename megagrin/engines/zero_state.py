@@ -40,13 +40,16 @@ class ZeroState:
         self.step = 0
         self._replicas = {parameter: placed[name].replicas for name, parameter in named.items()}
         self.stage3 = hasattr(optimizer, "fp16_partitioned_groups_flat")
-        self.clips_itself = hasattr(optimizer, "fp32_groups_gradient_flat_partition")
+        # The bf16 optimizer cannot be told a norm: its own clipping is switched off, and `clip` is called before its step.
+        self.clipped_outside = hasattr(optimizer, "fp32_groups_gradient_flat_partition")
         self._make_moments()
         if self.stage3:
             # Gradients are to be sums; ZeRO-1 and 2 have a setting for that (gradient_allreduce_op).
             optimizer._gradient_averaging_world_size = lambda parameters, world_size: 1
             optimizer._get_norm_groups = types.MethodType(lambda _: [self.norm()], optimizer)
-        elif not self.clips_itself:
+        elif self.clipped_outside:
+            optimizer.clip_grad = 0.0
+        else:
             optimizer.scaled_global_norm = types.MethodType(lambda *_, **__: self.norm(), optimizer)
 
     def _flat_masters(self) -> list[Tensor]:
@@ -110,7 +113,7 @@ class ZeroState:
     def _partition_norms(self) -> list[tuple[Tensor, int]]:
         """Norms of what this rank holds of the reduced gradients, with the number of ranks that hold the same."""
         optimizer = self.optimizer
-        if self.clips_itself:
+        if self.clipped_outside:
             groups = zip(optimizer.bf16_groups, optimizer.fp32_groups_gradient_flat_partition, strict=True)
             return [(gradient.norm(), self._replicas[group[0]]) for group, gradient in groups]
         if getattr(optimizer, "offload_optimizer", False) or getattr(optimizer, "cpu_offload", False):

@@ -270,6 +270,24 @@ def run_bf16(run: Run) -> tuple[dict[str, Tensor], list[float], list[float]]:
         return initial, [result.loss for result in results], [result.grad_norm for result in results]
 
 
+def run_clipped(run: Run) -> list[float]:
+    """The gradient norm that the inner optimizer steps with, in each step."""
+    norms: list[float] = []
+    with deepspeed_engine(run) as engine:
+        engine.zero.basic_optimizer.register_step_pre_hook(lambda *_: norms.append(engine.zero_state.norm().item()))
+        for step in range(run.steps):
+            engine.train_step(micro_batches(run, step, engine.mesh), step, 1e-3)
+    return norms
+
+
+@pytest.mark.parametrize("parallel", [pytest.param(EP2, id="dp4-ep2"), pytest.param(TP2, id="dp2-tp2")])
+def test_bf16_is_clipped_once(gloo: GlooPool, parallel: ParallelConfig) -> None:
+    """DeepSpeed's bf16 optimizer has a norm of its own, too large under tp: by it, clipped gradients would be clipped again."""
+    run = Run(parallel, 1, "bf16", engine={"zero": 1})
+    for norms in gloo.run(4, run_clipped, run):
+        assert norms == pytest.approx([run.optim.clip_norm] * run.steps, rel=1e-4)
+
+
 def train(run: Run, steps: range, load: str | None = None, save: tuple[str, str] | None = None) -> dict[str, Any]:
     """Some steps of a run on either engine, from a checkpoint, and to one of a format."""
     build = deepspeed_engine(run) if "zero" in run.engine else contextlib.nullcontext(build_engine(run))
