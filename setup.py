@@ -41,5 +41,5 @@ setup(
         "test": TEST + LINT + HF + PLOT + TENSORBOARD + PEERS + DEEPSPEED,
         "all": DEEPSPEED + WANDB + HF + PLOT + TENSORBOARD + TEST + LINT + PEERS,
     },
-    entry_points={"console_scripts": ["megagrin = megagrin.cli:main"]},
+    entry_points={"console_scripts": ["megagrin = megagrin.cli:entry"]},
 )

@@ -78,9 +78,8 @@ def _pick_device(choice: str, local_rank: int) -> torch.device:
 def session(config: RuntimeConfig) -> Iterator[Runtime]:
     """Join the job's process group for the length of a with block; one process without torchrun is a group of one.
 
-    A block that ends well ends with a barrier before the group is destroyed: without it a process sometimes dies at exit with
-    `terminate called without an active exception` (seen in 2 of 16 runs on gloo, torch 2.13). After an error there is no
-    barrier, as the other ranks may be gone.
+    A block that ends well ends with a barrier before the group is destroyed, so that no rank takes away the store or the
+    connections of one that is still at work. After an error there is no barrier, as the other ranks may be gone.
     """
     world_size, local_rank = world_size_from_environment(), int(os.environ.get("LOCAL_RANK", "0"))
     device = _pick_device(config.device, local_rank)
