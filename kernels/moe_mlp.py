@@ -23,6 +23,7 @@ from torch import Tensor, library
 from megagrin.kernels.backend import tma_rows, use_triton
 from megagrin.kernels.grouped_gemm import check_grouped, check_same, k_grouped_wgrad, m_grouped, m_grouped_dgrad
 from megagrin.kernels.permute import SortPlan, gather_rows, gather_sum
+from megagrin.kernels.split_backward import weights_later
 
 
 def _swiglu(h_R2F: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -57,8 +58,7 @@ def _expert_mlp(
         from megagrin.kernels.moe_mlp_triton import run_forward
 
         return run_forward(x, gate_up_E2FD, down_EDF, v_R, counts_E, source_R, place_TK, save_h)
-    x_RD = x if source_R is None or place_TK is None else gather_rows(x, source_R, place_TK)
-    h_R2F = m_grouped(x_RD, gate_up_E2FD, counts_E)
+    h_R2F = m_grouped(_rows(x, source_R, place_TK), gate_up_E2FD, counts_E)
     act_RF = _swiglu(h_R2F)[3].mul_(v_R.unsqueeze(1)).to(x.dtype)
     return m_grouped(act_RF, down_EDF, counts_E), h_R2F if save_h else h_R2F.new_empty(0, h_R2F.shape[1])
 
@@ -77,6 +77,33 @@ def _(
 ) -> tuple[Tensor, Tensor]:
     rows = v_R.shape[0]
     return x.new_empty(rows, x.shape[1]), x.new_empty(rows if save_h else 0, gate_up_E2FD.shape[1])
+
+
+def _rows(x: Tensor, source_R: Tensor | None, place_TK: Tensor | None) -> Tensor:
+    return x if source_R is None or place_TK is None else gather_rows(x, source_R, place_TK)
+
+
+def _down_dgrad(dy_RD: Tensor, h_R2F: Tensor, down_EDF: Tensor, b_R: Tensor, counts_E: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradient of h, the activation weighted by b, and the gradient of v."""
+    b_R1 = b_R.unsqueeze(1)
+    g_RF, u_RF, s_RF, act_RF = _swiglu(h_R2F)
+    dact_RF = m_grouped_dgrad(dy_RD, down_EDF, counts_E).to(act_RF.dtype)
+    dv_R = torch.linalg.vecdot(dact_RF, act_RF)
+    weighted_RF = act_RF.mul_(b_R1).to(dy_RD.dtype)
+    dact_RF = dact_RF.mul_(b_R1)
+    # silu(g) = g·s, silu'(g) = s·(1 + g·(1 − s))
+    silu_RF = g_RF * s_RF
+    dgrad_2RF = torch.empty(2, *silu_RF.shape, dtype=silu_RF.dtype, device=silu_RF.device)
+    torch.mul(dact_RF, silu_RF, out=dgrad_2RF[1])
+    torch.mul(dact_RF.mul_(u_RF), silu_RF.mul_(1 - s_RF).add_(s_RF), out=dgrad_2RF[0])
+    dh_R2F = torch.empty_like(h_R2F)
+    dh_R2F.unflatten(1, (-1, 2)).permute(2, 0, 1).copy_(dgrad_2RF)
+    return dh_R2F, weighted_RF, dv_R
+
+
+def _up_dgrad(dh_R2F: Tensor, gate_up_E2FD: Tensor, counts_E: Tensor, source_R: Tensor | None, place_TK: Tensor | None) -> Tensor:
+    dx = m_grouped_dgrad(dh_R2F, gate_up_E2FD, counts_E)
+    return dx if source_R is None or place_TK is None else gather_sum(dx, source_R, place_TK)
 
 
 @library.custom_op("megagrin::expert_mlp_backward", mutates_args=())
@@ -103,25 +130,11 @@ def _expert_mlp_backward(
         dx, d_up, d_down, dv_R = run_backward(dy_RD, x, h_R2F, *weights, counts_E, source_R, place_TK, (up_dtype, down_dtype))
         return dx, d_up, d_down, dv_R.to(v_R.dtype)
     dy_RD = dy_RD.contiguous()
-    b_R1 = b_R.unsqueeze(1)
-    g_RF, u_RF, s_RF, act_RF = _swiglu(h_R2F)
-    dact_RF = m_grouped_dgrad(dy_RD, down_EDF, counts_E).to(act_RF.dtype)
-    dv_R = torch.linalg.vecdot(dact_RF, act_RF).to(v_R.dtype)
-    d_down_EDF = k_grouped_wgrad(dy_RD, act_RF.mul_(b_R1).to(dy_RD.dtype), counts_E, down_dtype)
-    dact_RF = dact_RF.mul_(b_R1)
-    # silu(g) = g·s, silu'(g) = s·(1 + g·(1 − s))
-    silu_RF = g_RF * s_RF
-    dgrad_2RF = torch.empty(2, *silu_RF.shape, dtype=silu_RF.dtype, device=silu_RF.device)
-    torch.mul(dact_RF, silu_RF, out=dgrad_2RF[1])
-    torch.mul(dact_RF.mul_(u_RF), silu_RF.mul_(1 - s_RF).add_(s_RF), out=dgrad_2RF[0])
-    dh_R2F = torch.empty_like(h_R2F)
-    dh_R2F.unflatten(1, (-1, 2)).permute(2, 0, 1).copy_(dgrad_2RF)
-    x_RD = x if source_R is None or place_TK is None else gather_rows(x, source_R, place_TK)
-    d_gate_up_E2FD = k_grouped_wgrad(dh_R2F, x_RD, counts_E, up_dtype)
-    dx = m_grouped_dgrad(dh_R2F, gate_up_E2FD, counts_E)
-    if source_R is not None and place_TK is not None:
-        dx = gather_sum(dx, source_R, place_TK)
-    return dx, d_gate_up_E2FD, d_down_EDF, dv_R
+    dh_R2F, act_RF, dv_R = _down_dgrad(dy_RD, h_R2F, down_EDF, b_R, counts_E)
+    d_down_EDF = k_grouped_wgrad(dy_RD, act_RF, counts_E, down_dtype)
+    del act_RF  # before the next large buffers
+    d_gate_up_E2FD = k_grouped_wgrad(dh_R2F, _rows(x, source_R, place_TK), counts_E, up_dtype)
+    return _up_dgrad(dh_R2F, gate_up_E2FD, counts_E, source_R, place_TK), d_gate_up_E2FD, d_down_EDF, dv_R.to(v_R.dtype)
 
 
 @_expert_mlp_backward.register_fake
@@ -149,12 +162,76 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
     x, gate_up_E2FD, down_EDF, v_R, b_R, counts_E, source_R, place_TK, _ = inputs
     ctx.save_for_backward(x, output[1], gate_up_E2FD, down_EDF, v_R, b_R, counts_E, source_R, place_TK)
     ctx.set_materialize_grads(False)
+    ctx.for_weights = None
+
+
+@library.custom_op("megagrin::expert_mlp_dgrad", mutates_args=())
+def _expert_mlp_dgrad(
+    dy_RD: Tensor,
+    x: Tensor,
+    h_R2F: Tensor,
+    gate_up_E2FD: Tensor,
+    down_EDF: Tensor,
+    v_R: Tensor,
+    b_R: Tensor | None,
+    counts_E: Tensor,
+    source_R: Tensor | None,
+    place_TK: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x and v; of h, and the activation weighted by b, from which those of the weights follow."""
+    gate_up_E2FD, down_EDF = gate_up_E2FD.to(x.dtype), down_EDF.to(x.dtype)
+    b_R = v_R if b_R is None else b_R
+    if _use_kernels(x, down_EDF):
+        from megagrin.kernels.moe_mlp_triton import run_dgrad
+
+        dx, dv_R, dh_R2F, act_RF = run_dgrad(dy_RD, x, h_R2F, gate_up_E2FD, down_EDF, b_R, counts_E, place_TK)
+    else:
+        dh_R2F, act_RF, dv_R = _down_dgrad(dy_RD.contiguous(), h_R2F, down_EDF, b_R, counts_E)
+        dx = _up_dgrad(dh_R2F, gate_up_E2FD, counts_E, source_R, place_TK)
+    return dx, dv_R.to(v_R.dtype), dh_R2F, act_RF
+
+
+@_expert_mlp_dgrad.register_fake
+def _(
+    dy_RD: Tensor,
+    x: Tensor,
+    h_R2F: Tensor,
+    gate_up_E2FD: Tensor,
+    down_EDF: Tensor,
+    v_R: Tensor,
+    b_R: Tensor | None,
+    counts_E: Tensor,
+    source_R: Tensor | None,
+    place_TK: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return (
+        x.new_empty(x.shape),
+        v_R.new_empty(v_R.shape),
+        h_R2F.new_empty(h_R2F.shape),
+        dy_RD.new_empty(dy_RD.shape[0], down_EDF.shape[2]),
+    )
 
 
 def _backward(ctx: Any, dy_RD: Tensor | None, dh: None) -> tuple[Tensor | None, ...]:
+    """All gradients at once, or in a pass for inputs only theirs, and in a second pass those of the weights."""
     if dy_RD is None:
         return (None,) * 9
-    dx, d_up, d_down, dv_R = _expert_mlp_backward(dy_RD, *ctx.saved_tensors)
+    d_up: Tensor | None = None
+    d_down: Tensor | None = None
+    if ctx.for_weights is not None:
+        # Not from saved_tensors: unpacking them would recompute a checkpointed layer a second time.
+        dh_R2F, act_RF, x, counts_E, source_R, place_TK, (up_dtype, down_dtype) = ctx.for_weights
+        ctx.for_weights = None
+        d_down = k_grouped_wgrad(dy_RD.contiguous(), act_RF, counts_E, down_dtype)
+        d_up = k_grouped_wgrad(dh_R2F, _rows(x, source_R, place_TK), counts_E, up_dtype)
+        return None, d_up, d_down, *(None,) * 6
+    saved = ctx.saved_tensors
+    if weights_later():
+        x, _, gate_up_E2FD, down_EDF, *_, counts_E, source_R, place_TK = saved
+        dx, dv_R, dh_R2F, act_RF = _expert_mlp_dgrad(dy_RD, *saved)
+        ctx.for_weights = (dh_R2F, act_RF, x, counts_E, source_R, place_TK, (gate_up_E2FD.dtype, down_EDF.dtype))
+    else:
+        dx, d_up, d_down, dv_R = _expert_mlp_backward(dy_RD, *saved)
     return dx, d_up, d_down, dv_R, None, None, None, None, None
 
 

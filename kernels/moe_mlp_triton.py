@@ -232,6 +232,20 @@ def run_forward(
     return run_m_grouped(act_RF, down_EDF, counts_E, schedule=schedule), h_R2F
 
 
+def _run_down_dgrad(
+    dy_RD: Tensor, h_R2F: Tensor, down_EDF: Tensor, b_R: Tensor, counts_E: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Schedule]:
+    """Gradient of h, the activation weighted by b, the gradient of v (fp32), and the schedule of the tiles; at least one row."""
+    rows, (n_experts, d_model, d_ff) = dy_RD.shape[0], down_EDF.shape
+    down_EDF, h_R2F, b_R = dense(down_EDF), dense(h_R2F), b_R.float().contiguous()
+    blocks = config("down_dgrad", dy_RD.dtype, d_ff, d_model, rows // n_experts, dy_RD.device)
+    schedule = build_schedule(counts_E, rows, blocks.block_m)
+    dh_R2F, act_RF = torch.empty_like(h_R2F), dy_RD.new_empty(rows, d_ff)
+    dv_RN = b_R.new_empty(rows, triton.cdiv(d_ff, blocks.block_n))
+    down_dgrad_launch(dy_RD, down_EDF, h_R2F, b_R, dh_R2F, act_RF, dv_RN, schedule, blocks).run()
+    return dh_R2F, act_RF, dv_RN.sum(1), schedule
+
+
 def run_backward(
     dy_RD: Tensor,
     x: Tensor,
@@ -245,25 +259,38 @@ def run_backward(
     weight_dtypes: tuple[torch.dtype, torch.dtype],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, of both weights in weight_dtypes, and of v (fp32)."""
-    rows, (n_experts, d_model, d_ff) = dy_RD.shape[0], down_EDF.shape
-    if rows == 0:
+    if dy_RD.shape[0] == 0:
         d_gate_up, d_down = (
             torch.zeros_like(w, dtype=dtype) for w, dtype in zip((gate_up_E2FD, down_EDF), weight_dtypes, strict=True)
         )
         return torch.zeros_like(x), d_gate_up, d_down, b_R.new_empty(0)
-    dy_RD, down_EDF, h_R2F, b_R = dense(dy_RD), dense(down_EDF), dense(h_R2F), b_R.float().contiguous()
-    blocks = config("down_dgrad", x.dtype, d_ff, d_model, rows // n_experts, x.device)
-    schedule = build_schedule(counts_E, rows, blocks.block_m)
-    dh_R2F, act_RF = torch.empty_like(h_R2F), x.new_empty(rows, d_ff)
-    dv_RN = b_R.new_empty(rows, triton.cdiv(d_ff, blocks.block_n))
-    down_dgrad_launch(dy_RD, down_EDF, h_R2F, b_R, dh_R2F, act_RF, dv_RN, schedule, blocks).run()
+    dy_RD = dense(dy_RD)
+    dh_R2F, act_RF, dv_R, schedule = _run_down_dgrad(dy_RD, h_R2F, down_EDF, b_R, counts_E)
     d_down = run_wgrad(dy_RD, act_RF, counts_E, weight_dtypes[1], None, schedule.offsets)
     del act_RF, dy_RD  # before the next large buffers
     x_RD = x if place_TK is None else run_gather_rows(x, place_TK)
     d_gate_up = run_wgrad(dh_R2F, x_RD, counts_E, weight_dtypes[0], None, schedule.offsets)
     del x_RD
     dx = run_m_grouped(dh_R2F, gate_up_E2FD, counts_E, dgrad=True, schedule=schedule)
-    return dx if place_TK is None else run_gather_sum(dx, place_TK), d_gate_up, d_down, dv_RN.sum(1)
+    return dx if place_TK is None else run_gather_sum(dx, place_TK), d_gate_up, d_down, dv_R
+
+
+def run_dgrad(
+    dy_RD: Tensor,
+    x: Tensor,
+    h_R2F: Tensor,
+    gate_up_E2FD: Tensor,
+    down_EDF: Tensor,
+    b_R: Tensor,
+    counts_E: Tensor,
+    place_TK: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, of v (fp32) and of h, and the activation weighted by b."""
+    if dy_RD.shape[0] == 0:
+        return torch.zeros_like(x), b_R.new_empty(0), torch.empty_like(h_R2F), dy_RD.new_empty(0, down_EDF.shape[2])
+    dh_R2F, act_RF, dv_R, schedule = _run_down_dgrad(dense(dy_RD), h_R2F, down_EDF, b_R, counts_E)
+    dx = run_m_grouped(dh_R2F, gate_up_E2FD, counts_E, dgrad=True, schedule=schedule)
+    return dx if place_TK is None else run_gather_sum(dx, place_TK), dv_R, dh_R2F, act_RF
 
 
 def compile_cases(dtype: torch.dtype, blocks: dict[Op, BlockConfig]) -> dict[str, Launch]:

@@ -18,6 +18,7 @@ no loss but the cross entropy has to reach the last stage.
 Shape suffixes: B sequences, S positions of this rank, D model width, L layers, E experts.
 """
 
+import contextlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -29,6 +30,7 @@ from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleIn
 
 from megagrin.data.loader import Batch
 from megagrin.flops import forward_flops_per_token
+from megagrin.kernels.split_backward import inputs_only
 from megagrin.models.transformer import ModelConfig, Output, Part, Transformer
 from megagrin.moe.layer import TrainRouting
 from megagrin.parallel.mesh import ParallelConfig, ParallelMesh
@@ -165,6 +167,13 @@ class _Stage(PipelineStage):
             return output.loss_sum / self.divisor
         assert output.hidden_BSD is not None
         return output.hidden_BSD.contiguous()
+
+    def backward_one_chunk(
+        self, bwd_chunk_id: int, loss: Any = None, full_backward: bool = True, last_backward: bool = False
+    ) -> None:
+        """All gradients of a micro-batch, or those of inputs only."""
+        with contextlib.nullcontext() if full_backward else inputs_only():
+            super().backward_one_chunk(bwd_chunk_id, loss, full_backward, last_backward)
 
     def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> None:
         """Weight gradients of a micro-batch, added up in fp32."""

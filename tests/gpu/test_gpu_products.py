@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megagrin.kernels import moe_mlp
 from megagrin.kernels.grouped_gemm import k_grouped_wgrad, m_grouped, m_grouped_dgrad
+from megagrin.kernels.split_backward import inputs_only
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 COUNTS = [[5], [0, 1, 63, 65], [0, 0, 300, 0], [129, 127, 0, 128], [(37 * e) % 50 for e in range(128)], [2000, 3, 0, 0]]
@@ -109,6 +110,20 @@ def test_expert_mlp(counts: list[int], dtype: torch.dtype, own_backward_weight: 
         else:
             # An inner value beside a rounding boundary may round the other way: a few flips. In fp32, sigmoid is approximate.
             assert_close(got, exact[name], name, slack=1.15 if got.dtype != torch.float32 else 5.0)
+
+
+def test_expert_mlp_backward_in_two_halves() -> None:
+    """Also across autograd's own thread: gradients of inputs first, those of weights later, the bits of one pass."""
+    counts, d, f = [64, 0, 65], 136, 72
+    x, dy = normal(129, d, dtype=torch.bfloat16), normal(129, d, dtype=torch.bfloat16)
+    weights = normal(3, 2 * f, d, dtype=torch.float32, scale=0.2), normal(3, d, f, dtype=torch.float32, scale=0.2)
+    leaves = [t.requires_grad_() for t in (x, *weights, torch.rand(129, device="cuda"))]
+    y = moe_mlp.expert_mlp(*leaves, torch.tensor(counts, device="cuda"))
+    once = torch.autograd.grad(y, leaves, dy, retain_graph=True)
+    with inputs_only():
+        dx, dv_R = torch.autograd.grad(y, (leaves[0], leaves[3]), dy, retain_graph=True)
+    for half, whole in zip((dx, *torch.autograd.grad(y, leaves[1:3], dy), dv_R), once, strict=True):
+        assert torch.equal(half, whole)
 
 
 def test_the_tolerance_notices_a_moved_rounding_point() -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from megagrin.kernels import moe_mlp_triton, tuning
 from megagrin.kernels.moe_mlp import expert_mlp
 from megagrin.kernels.permute import permute, sort_by_expert
+from megagrin.kernels.split_backward import inputs_only
 
 
 def exact_mlp(
@@ -97,6 +98,25 @@ def test_tokens_with_a_plan(n_tokens: int, top_k: int, n_experts: int, gather: b
         results.append([y_RD.detach(), *(leaf.grad for leaf in leaves)])
     for a, b in zip(*results, strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("n_tokens", [0, 33])
+@pytest.mark.parametrize("with_plan", [False, True])
+def test_backward_in_two_halves(n_tokens: int, with_plan: bool) -> None:
+    """Inputs first, weights later: the bits of one pass, and no second dgrad."""
+    plan = sort_by_expert(1 + torch.rand(n_tokens, 3).argsort(1)[:, :2], 4)  # nobody chooses expert 0
+    x = normal(n_tokens if with_plan else 2 * n_tokens, 72, seed=1, dtype=torch.bfloat16)
+    leaves = [t.requires_grad_() for t in (x, *weights(4, 72, 40, torch.float32), torch.rand(2 * n_tokens))]
+    dy_RD = normal(2 * n_tokens, 72, seed=4, dtype=torch.bfloat16)
+    with poisoned_memory():
+        y_RD = expert_mlp(*leaves, plan.counts_E, torch.rand(2 * n_tokens), plan if with_plan else None)
+        once = torch.autograd.grad(y_RD, leaves, dy_RD, retain_graph=True)
+        with inputs_only():
+            dx, dv_R = torch.autograd.grad(y_RD, (leaves[0], leaves[3]), dy_RD, retain_graph=True)
+        d_up, d_down = torch.autograd.grad(y_RD, leaves[1:3], dy_RD)
+    for half, whole in zip((dx, d_up, d_down, dv_R), once, strict=True):
+        assert half.dtype == whole.dtype
+        assert torch.equal(half, whole)
 
 
 def test_fp32_masters_beside_bf16_rows() -> None:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from megagrin import checkpoint
 from megagrin.checkpoint import CheckpointInfo
+from megagrin.kernels import moe_mlp
 from megagrin.models.grin import PRESETS
 from megagrin.parallel.mesh import ParallelConfig
 from megagrin.parallel.pipeline import balanced_split, bubble_over_work, describe_parts, stage_parts
@@ -119,6 +120,39 @@ def router_gradients(run: Run) -> dict[str, torch.Tensor]:
     for step in range(2):
         engine.train_step(micro_batches(run, step, engine.mesh), step, 1e-3)
     return held
+
+
+def expert_products(run: Run) -> dict[str, int]:
+    """Products of experts' backward passes in a step of this rank."""
+    engine = build_engine(run)
+    calls = dict.fromkeys(["m_grouped_dgrad", "k_grouped_wgrad"], 0)
+    kept = {name: getattr(moe_mlp, name) for name in calls}
+
+    def counted(name: str) -> Any:
+        def product(*args: Any) -> torch.Tensor:
+            calls[name] += 1
+            return kept[name](*args)
+
+        return product
+
+    for name in calls:
+        setattr(moe_mlp, name, counted(name))
+    engine.train_step(micro_batches(run, 0, engine.mesh), 0, 1e-3)
+    for name in calls:
+        setattr(moe_mlp, name, kept[name])
+    return calls
+
+
+@pytest.mark.parametrize("engine", [{}, {"recompute": "selective", "recompute_parts": ("expert_mlp",)}], ids=["", "recompute"])
+def test_zero_bubble_does_no_product_twice(gloo: GlooPool, engine: dict[str, Any]) -> None:
+    """Input gradients first, weight gradients later, and the products of one backward pass in both together."""
+    model = replace(MODEL, n_layers=4)
+    several = ParallelConfig(pp=2, pp_schedule="interleaved_1f1b", pp_stages_per_rank=2)
+    expected = gloo.run(2, expert_products, Run(several, 2, model=model, engine=engine))
+    assert all(min(calls.values()) > 0 for calls in expected)
+    assert (
+        gloo.run(2, expert_products, Run(replace(several, pp_schedule="zero_bubble"), 2, model=model, engine=engine)) == expected
+    )
 
 
 def save_after_step(run: Run, folder: str) -> float:
