@@ -123,7 +123,7 @@ class RunConfig:
             broken += self.parallel.pipeline_violations(
                 self.model.n_layers, train.global_batch_size // (dp * train.micro_batch_size)
             )
-        broken += self._sequence_violations() + self._cut_violations(world_size)
+        broken += self._sequence_violations() + self._cut_violations(world_size) + self._zero_bubble_violations()
         if train.seq_len > self.model.max_positions:
             broken.append(f"train.seq_len: {train.seq_len} must not exceed model.max_positions ({self.model.max_positions})")
         if self.router.forced_balance and not train.allow_forced_balance:
@@ -133,6 +133,23 @@ class RunConfig:
             )
         if self.data.train is None:
             broken.append("data.train: the prefix of a token file (made by `megagrin data tokenize`) must be given")
+        return broken
+
+    def _zero_bubble_violations(self) -> list[str]:
+        """Rules of backward passes in two halves, as `field: value and rule`."""
+        engine, broken = self.engine, []
+        if self.parallel.pp <= 1 or self.parallel.pp_schedule != "zero_bubble":
+            return []
+        if engine.compile:
+            broken.append(
+                "engine.compile: true with parallel.pp_schedule zero_bubble is not possible: a compiled backward pass computes "
+                "gradients of inputs and of weights together; take 1f1b or interleaved_1f1b"
+            )
+        if engine.recompute in ("full", "budget"):
+            broken.append(
+                f"engine.recompute: {engine.recompute} with parallel.pp_schedule zero_bubble would recompute a block once for "
+                "its inputs and once more for each of its weights; take selective, or 1f1b or interleaved_1f1b"
+            )
         return broken
 
     def _sequence_violations(self) -> list[str]:

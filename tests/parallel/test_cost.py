@@ -279,6 +279,18 @@ RULES = (  # (ranks, settings, the message)
         "parallel.pp=4 parallel.pp_split=[2,0,1,1]",
         "parallel.pp_split: [2, 0, 1, 1] must be positive; only the first and the last stage may be without layers",
     ),
+    (
+        2,
+        "parallel.pp=2 parallel.pp_schedule=zero_bubble engine.compile=true",
+        "engine.compile: true with parallel.pp_schedule zero_bubble is not possible: a compiled backward pass computes gradients "
+        "of inputs and of weights together; take 1f1b or interleaved_1f1b",
+    ),
+    (
+        2,
+        "parallel.pp=2 parallel.pp_schedule=zero_bubble engine.recompute=full",
+        "engine.recompute: full with parallel.pp_schedule zero_bubble would recompute a block once for its inputs and once more "
+        "for each of its weights; take selective, or 1f1b or interleaved_1f1b",
+    ),
     (2, "engine.recompute=budget", "engine.recompute_budget_gib: 0.0 must be positive with engine.recompute=budget"),
 )
 
