@@ -68,10 +68,12 @@ def valid_runs(draw: Any) -> tuple[int, Run]:
         window=_pick(draw, [3, 9, 64]),
     )
     micros = [size for size in _divisors(SEQUENCES // dp) if SEQUENCES // dp // size >= pp]
-    engine = {"recompute": draw(st.sampled_from(["none", "full"]))}
+    engine = {"recompute": draw(st.sampled_from(["none", "full", "selective"])), "zero": _pick(draw, [1, 2, 3])}
     parallel = ParallelConfig(tp=tp, pp=pp, cp=cp, ep=ep, etp=etp, dp_replicate=replicate)
     if cp > 1 and 4 % (tp * cp) == 0 and draw(st.booleans()):
         parallel = replace(parallel, cp_method="ulysses")
+    if pp > 1 and engine["recompute"] != "full" and draw(st.booleans()):
+        parallel = replace(parallel, pp_schedule="zero_bubble")
     documents = draw(st.booleans())
     run = Run(parallel, _pick(draw, micros), "fp64", 2, model, ROUTER, BALANCE, OPTIM, documents, engine)
     return stage_ranks * pp, run
