@@ -16,6 +16,7 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -81,7 +82,8 @@ def peer_step(dtype: str, mode: str) -> Callable[[int], float]:
         lm_head_bias=MODEL.lm_head_bias,
         rope_parameters={"rope_type": "default", "rope_theta": MODEL.rope_theta},
     )
-    model = PhimoeForCausalLM(config).to(DTYPES[dtype]).train()
+    model: Any = PhimoeForCausalLM(config)
+    model.to(DTYPES[dtype]).train()
     model.set_experts_implementation(mode)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     text = tokens()

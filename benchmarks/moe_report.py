@@ -151,8 +151,8 @@ def _case_lines(case: dict[str, Any]) -> list[str]:
         if found.get("error"):
             lines.append(f"| {name} | {found['error']} | | | | | | | |")
             continue
-        keys = ("forward_ms", "forward_tflops", "forward_of_dense", "total_ms", "total_tflops", "total_of_dense")
-        keys += ("backward_tflops", "peak_gib")
+        keys = ["forward_ms", "forward_tflops", "forward_of_dense", "total_ms", "total_tflops", "total_of_dense"]
+        keys += ["backward_tflops", "peak_gib"]
         lines.append(f"| {name} | " + " | ".join(_number(found[key], ".4g") for key in keys) + " |")
     lines += ["", "| kernel alone | " + " | ".join(case["kernels"][0]["seconds"]) + " | (TFLOP/s)", "|---|---|---|---|"]
     for row in case["kernels"]:

@@ -24,7 +24,7 @@ from megagrin.models.transformer import Transformer
 from megagrin.moe.balance import BalanceConfig, balance_loss, load_fraction
 from megagrin.moe.layer import TrainRouting
 from megagrin.moe.router import Draws, RouterConfig
-from megagrin.optim import OptimConfig, build_adamw
+from megagrin.optim import OptimConfig, build_optimizer
 from megagrin.parallel.mesh import ParallelConfig, build_mesh
 from megagrin.runtime import RuntimeConfig, session
 
@@ -54,7 +54,7 @@ def plain_step(batch: Batch) -> Callable[[int], float]:
     optim = OptimConfig()
     model = Transformer(MODEL)
     init_parameters(model, MODEL, SEED)
-    optimizer = build_adamw(model, optim)
+    optimizer = build_optimizer(model, optim, torch.float32)
     parameters = list(model.parameters())
     load_LE = torch.full((MODEL.n_layers, MODEL.n_experts), 1 / MODEL.n_experts)
     count = batch.tokens_BS.numel()
