@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def entry() -> NoReturn:
-    """What the `megagrin` script and `python -m megagrin.cli` run: `main`, exit handlers, then an end without finalization.
+    """What the `megagrin` script and `python -m megagrin.cli` run: `main`, and then for ranks an end without finalizing Python.
 
     gloo's threads may still hold the tensors of a finished collective while Python finalizes; dropping them takes the GIL, and
     the process that ended well aborts with `terminate called without an active exception` (pytorch issue 190489; seen in 2 of
@@ -79,6 +79,10 @@ def entry() -> NoReturn:
     """
     try:
         status = main()
+        sys.stdout.flush()
+        runtime = sys.modules.get("megagrin.runtime")
+        if runtime is None or not runtime.joined:
+            sys.exit(status)
         atexit._run_exitfuncs()
         sys.stdout.flush()
     except OSError as error:

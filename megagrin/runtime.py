@@ -74,6 +74,9 @@ def _pick_device(choice: str, local_rank: int) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
+joined = False  # whether this process has been in a process group: megagrin.cli.entry asks
+
+
 @contextlib.contextmanager
 def session(config: RuntimeConfig) -> Iterator[Runtime]:
     """Join the job's process group for the length of a with block; one process without torchrun is a group of one.
@@ -91,6 +94,8 @@ def session(config: RuntimeConfig) -> Iterator[Runtime]:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     if config.deterministic:
         torch.use_deterministic_algorithms(True)
+    global joined
+    joined = True
     try:
         yield Runtime(dist.get_rank(), world_size, local_rank, device)
         dist.barrier()

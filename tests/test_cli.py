@@ -9,6 +9,7 @@ import pytest
 PROGRAM = """
 import atexit, sys
 from megagrin import cli
+from megagrin.runtime import RuntimeConfig, session
 
 class Last:
     def __del__(self):
@@ -18,6 +19,9 @@ last = Last()
 atexit.register(print, "handler ran")
 
 def main():
+    if sys.argv[1] == "rank":
+        with session(RuntimeConfig(device="cpu")):
+            pass
     print("unflushed")
     return 3
 
@@ -26,11 +30,12 @@ cli.entry()
 """
 
 
-def test_ends_without_finalizing_python() -> None:
-    """Output, exit handlers and status arrive, and no thread can meet a finalizing interpreter."""
-    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, timeout=120)
+@pytest.mark.parametrize(("process", "stderr"), [("rank", ""), ("other", "finalized\n")])
+def test_a_rank_ends_without_finalizing_python(process: str, stderr: str) -> None:
+    """Output, exit handlers and status arrive, and no thread of a process group can meet a finalizing interpreter."""
+    done = subprocess.run([sys.executable, "-c", PROGRAM, process], capture_output=True, text=True, timeout=120)
     assert done.stdout == "unflushed\nhandler ran\n"
-    assert done.stderr == ""
+    assert done.stderr == stderr
     assert done.returncode == 3
 
 
