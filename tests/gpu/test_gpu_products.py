@@ -121,8 +121,10 @@ def test_expert_mlp_backward_in_two_halves() -> None:
     y = moe_mlp.expert_mlp(*leaves, torch.tensor(counts, device="cuda"))
     once = torch.autograd.grad(y, leaves, dy, retain_graph=True)
     with inputs_only():
-        dx, dv_R = torch.autograd.grad(y, (leaves[0], leaves[3]), dy, retain_graph=True)
-    for half, whole in zip((dx, *torch.autograd.grad(y, leaves[1:3], dy), dv_R), once, strict=True):
+        dx, *none, dv_R = torch.autograd.grad(y, leaves, dy, retain_graph=True, allow_unused=True)
+    no_dx, d_up, d_down, no_dv = torch.autograd.grad(y, leaves, dy, allow_unused=True)
+    assert [*none, no_dx, no_dv] == [None] * 4
+    for half, whole in zip((dx, d_up, d_down, dv_R), once, strict=True):
         assert torch.equal(half, whole)
 
 

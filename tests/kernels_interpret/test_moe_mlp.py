@@ -103,7 +103,7 @@ def test_tokens_with_a_plan(n_tokens: int, top_k: int, n_experts: int, gather: b
 @pytest.mark.parametrize("n_tokens", [0, 33])
 @pytest.mark.parametrize("with_plan", [False, True])
 def test_backward_in_two_halves(n_tokens: int, with_plan: bool) -> None:
-    """Inputs first, weights later: the bits of one pass, and no second dgrad."""
+    """Inputs first, weights later, nothing in both: the bits of one pass."""
     plan = sort_by_expert(1 + torch.rand(n_tokens, 3).argsort(1)[:, :2], 4)  # nobody chooses expert 0
     x = normal(n_tokens if with_plan else 2 * n_tokens, 72, seed=1, dtype=torch.bfloat16)
     leaves = [t.requires_grad_() for t in (x, *weights(4, 72, 40, torch.float32), torch.rand(2 * n_tokens))]
@@ -112,8 +112,9 @@ def test_backward_in_two_halves(n_tokens: int, with_plan: bool) -> None:
         y_RD = expert_mlp(*leaves, plan.counts_E, torch.rand(2 * n_tokens), plan if with_plan else None)
         once = torch.autograd.grad(y_RD, leaves, dy_RD, retain_graph=True)
         with inputs_only():
-            dx, dv_R = torch.autograd.grad(y_RD, (leaves[0], leaves[3]), dy_RD, retain_graph=True)
-        d_up, d_down = torch.autograd.grad(y_RD, leaves[1:3], dy_RD)
+            dx, *none, dv_R = torch.autograd.grad(y_RD, leaves, dy_RD, retain_graph=True, allow_unused=True)
+        no_dx, d_up, d_down, no_dv = torch.autograd.grad(y_RD, leaves, dy_RD, allow_unused=True)
+    assert [*none, no_dx, no_dv] == [None] * 4
     for half, whole in zip((dx, d_up, d_down, dv_R), once, strict=True):
         assert half.dtype == whole.dtype
         assert torch.equal(half, whole)

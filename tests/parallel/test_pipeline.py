@@ -143,7 +143,9 @@ def expert_products(run: Run) -> dict[str, int]:
     return calls
 
 
-@pytest.mark.parametrize("engine", [{}, {"recompute": "selective", "recompute_parts": ("expert_mlp",)}], ids=["", "recompute"])
+@pytest.mark.parametrize(
+    "engine", [{}, {"recompute": "selective", "recompute_parts": ("expert_mlp",)}], ids=["kept", "recomputed"]
+)
 def test_zero_bubble_does_no_product_twice(gloo: GlooPool, engine: dict[str, Any]) -> None:
     """Input gradients first, weight gradients later, and the products of one backward pass in both together."""
     model = replace(MODEL, n_layers=4)
