@@ -21,14 +21,14 @@ from typing import Any
 import torch
 
 from megagrin.data.loader import Batch
+from megagrin.distributed.mesh import ParallelConfig, build_mesh
+from megagrin.distributed.runtime import RuntimeConfig, session
 from megagrin.engines.base import EngineConfig
 from megagrin.engines.native import NativeEngine
 from megagrin.models.grin import GRIN_TINY as MODEL
 from megagrin.moe.balance import BalanceConfig
 from megagrin.moe.router import RouterConfig
-from megagrin.optim import OptimConfig
-from megagrin.parallel.mesh import ParallelConfig, build_mesh
-from megagrin.runtime import RuntimeConfig, session
+from megagrin.optim.optimizer import OptimConfig
 
 SEQUENCES, SEQ = 16, 256
 LR = 1e-3

@@ -19,16 +19,16 @@ import torch
 from moe_report import environment
 
 from megagrin.data.loader import Batch
+from megagrin.distributed.mesh import ParallelConfig, build_mesh
+from megagrin.distributed.runtime import RuntimeConfig, session
 from megagrin.engines.base import EngineConfig
 from megagrin.engines.native import NativeEngine
-from megagrin.flops import flops_per_token, peak_flops
 from megagrin.models.grin import PRESETS
 from megagrin.models.transformer import ModelConfig
 from megagrin.moe.balance import BalanceConfig
 from megagrin.moe.router import Router, RouterConfig
-from megagrin.optim import OptimConfig
-from megagrin.parallel.mesh import ParallelConfig, build_mesh
-from megagrin.runtime import RuntimeConfig, session
+from megagrin.optim.optimizer import OptimConfig
+from megagrin.planning.flops import flops_per_token, peak_flops
 
 
 def batch(model: ModelConfig, sequences: int, seq_len: int, seed: int = 0) -> Batch:

@@ -16,6 +16,8 @@ from collections.abc import Callable
 import torch
 
 from megagrin.data.loader import Batch
+from megagrin.distributed.mesh import ParallelConfig, build_mesh
+from megagrin.distributed.runtime import RuntimeConfig, session
 from megagrin.engines.base import EngineConfig
 from megagrin.engines.native import NativeEngine
 from megagrin.models.grin import GRIN_TINY as MODEL
@@ -24,9 +26,7 @@ from megagrin.models.transformer import Transformer
 from megagrin.moe.balance import BalanceConfig, balance_loss, load_fraction
 from megagrin.moe.layer import TrainRouting
 from megagrin.moe.router import Draws, RouterConfig
-from megagrin.optim import OptimConfig, build_optimizer
-from megagrin.parallel.mesh import ParallelConfig, build_mesh
-from megagrin.runtime import RuntimeConfig, session
+from megagrin.optim.optimizer import OptimConfig, build_optimizer
 
 LR, SEED = 1e-3, 0
 

@@ -14,14 +14,14 @@ import torch
 import torch.distributed as dist
 from parallel_overhead import LR, SEED, tokens
 
+from megagrin.distributed.mesh import ParallelConfig, build_mesh
+from megagrin.distributed.runtime import RuntimeConfig, session
 from megagrin.engines.base import EngineConfig
 from megagrin.engines.native import NativeEngine
 from megagrin.models.grin import GRIN_TINY as MODEL
 from megagrin.moe.balance import BalanceConfig
 from megagrin.moe.router import RouterConfig
-from megagrin.optim import OptimConfig
-from megagrin.parallel.mesh import ParallelConfig, build_mesh
-from megagrin.runtime import RuntimeConfig, session
+from megagrin.optim.optimizer import OptimConfig
 
 SCHEDULES = {"1f1b": 1, "interleaved_1f1b": 2, "zero_bubble": 2}  # stages a rank
 BASE = "interleaved_1f1b"

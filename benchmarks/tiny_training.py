@@ -11,8 +11,8 @@ import sys
 import torch
 from model_step import batch, build_engine
 
+from megagrin.distributed.runtime import RuntimeConfig, session
 from megagrin.models.grin import GRIN_TINY
-from megagrin.runtime import RuntimeConfig, session
 
 
 def main(argv: list[str]) -> int:

@@ -5,7 +5,7 @@ import math
 import sys
 from pathlib import Path
 
-from megagrin.metrics import read_metrics
+from megagrin.observe.metrics import read_metrics
 
 REQUIRED_FALL = 0.5
 

@@ -8,14 +8,18 @@ import traceback
 from typing import NoReturn
 
 COMMANDS = {
-    "train": ("megagrin.train", "main", "train a model (under torchrun for more than one process)"),
+    "train": ("megagrin.training.loop", "main", "train a model (under torchrun for more than one process)"),
     "data": ("megagrin.data_prep.commands", "main", "train a tokenizer, write, verify and inspect token files"),
-    "generate": ("megagrin.generate", "main", "continue a prompt with a trained model"),
-    "export-hf": ("megagrin.hf", "main_export", "write a checkpoint as a Hugging Face PhimoeForCausalLM folder"),
-    "import-hf": ("megagrin.hf", "main_import", "read a Hugging Face PhimoeForCausalLM folder into a checkpoint"),
-    "convert-checkpoint": ("megagrin.convert", "main", "between native checkpoints and DeepSpeed's own (under torchrun)"),
-    "kernels": ("megagrin.kernel_tuning", "main", "measure kernel block sizes on this GPU"),
-    "plot": ("megagrin.plot", "main", "draw loss curve and expert load of a run"),
+    "generate": ("megagrin.inference.generate", "main", "continue a prompt with a trained model"),
+    "export-hf": ("megagrin.hf.folder", "main_export", "write a checkpoint as a Hugging Face PhimoeForCausalLM folder"),
+    "import-hf": ("megagrin.hf.folder", "main_import", "read a Hugging Face PhimoeForCausalLM folder into a checkpoint"),
+    "convert-checkpoint": (
+        "megagrin.training.convert",
+        "main",
+        "between native checkpoints and DeepSpeed's own (under torchrun)",
+    ),
+    "kernels": ("megagrin.planning.kernel_tuning", "main", "measure kernel block sizes on this GPU"),
+    "plot": ("megagrin.observe.plot", "main", "draw loss curve and expert load of a run"),
 }
 EXIT_USAGE = 2
 
@@ -80,7 +84,7 @@ def entry() -> NoReturn:
     try:
         status = main()
         sys.stdout.flush()
-        runtime = sys.modules.get("megagrin.runtime")
+        runtime = sys.modules.get("megagrin.distributed.runtime")
         if runtime is None or not runtime.joined:
             sys.exit(status)
         atexit._run_exitfuncs()

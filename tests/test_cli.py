@@ -9,7 +9,7 @@ import pytest
 PROGRAM = """
 import atexit, sys
 from megagrin import cli
-from megagrin.runtime import RuntimeConfig, session
+from megagrin.distributed.runtime import RuntimeConfig, session
 
 class Last:
     def __del__(self):

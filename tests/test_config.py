@@ -8,9 +8,9 @@ import yaml
 
 from megagrin import config
 from megagrin.cli import main
+from megagrin.distributed.runtime import RuntimeConfig, session
 from megagrin.models.grin import PRESETS
-from megagrin.runtime import RuntimeConfig, session
-from megagrin.trainer import RunConfig, parse_config
+from megagrin.training.trainer import RunConfig, parse_config
 
 RECIPES = Path(__file__).parents[1] / "launch" / "recipes"
 
@@ -187,7 +187,7 @@ def test_an_error_of_one_rank_is_said_by_that_rank(monkeypatch: pytest.MonkeyPat
         error.add_note("rank 1")
         raise error
 
-    monkeypatch.setattr("megagrin.train.main", fails)
+    monkeypatch.setattr("megagrin.training.loop.main", fails)
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert main(["train"]) == 2

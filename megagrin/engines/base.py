@@ -10,18 +10,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megagrin import checkpoint
-from megagrin.apex import fuse_layer_norms
-from megagrin.checkpoint import Format
+from megagrin.checkpoint import store
+from megagrin.checkpoint.store import Format
 from megagrin.data.loader import IGNORED_LABEL, Batch
+from megagrin.distributed.mesh import ParallelMesh
 from megagrin.models.transformer import LayerStats, ModelConfig, Output, Part, Transformer
 from megagrin.moe.balance import BalanceConfig, balance_loss, load_fraction
 from megagrin.moe.layer import TrainRouting
 from megagrin.moe.router import Draws, RouterConfig
 from megagrin.nn.attention import AttentionBackend, attention_layers, use_backend
-from megagrin.optim import OptimConfig
+from megagrin.optim.apex import fuse_layer_norms
+from megagrin.optim.optimizer import OptimConfig
 from megagrin.parallel.context import slice_batch
-from megagrin.parallel.mesh import ParallelMesh
 from megagrin.parallel.pipeline import MicroBatch
 from megagrin.parallel.plan import parallelize
 from megagrin.parallel.recompute import Recompute, RecomputeMode, RecomputePart
@@ -215,7 +215,7 @@ class Engine(ABC):
     def state(self, optimizer: bool = True) -> dict[str, Tensor]:
         """Tensors that make up a checkpoint, under the names of the whole model; a collective call.
 
-        They are filled in place by `megagrin.checkpoint.load`, and then given to `load_state`.
+        They are filled in place by `megagrin.checkpoint.store.load`, and then given to `load_state`.
 
         Args:
             optimizer: with moments and load fractions; False for the weights alone.
@@ -233,7 +233,7 @@ class Engine(ABC):
     def save(self, folder: Path, kind: Format) -> None:
         """Write a checkpoint's tensors into an existing folder; every rank calls it."""
         assert kind == "native", "RunConfig.violations has a rule"
-        checkpoint.write_tensors(folder, self.state())
+        store.write_tensors(folder, self.state())
 
     def load(self, path: Path, step: int) -> None:
         """Continue from a committed checkpoint after `step` optimizer steps; every rank calls it.
@@ -242,7 +242,7 @@ class Engine(ABC):
             ValueError: it was written by another model, or in a format that this engine does not read.
         """
         state = self.state()
-        checkpoint.load(path, state)
+        store.load(path, state)
         self.load_state(state, step)
 
     @torch.no_grad()

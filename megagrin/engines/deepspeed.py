@@ -20,17 +20,17 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from megagrin import checkpoint
-from megagrin.checkpoint import DEEPSPEED_FOLDER, Format
+from megagrin.checkpoint import store
+from megagrin.checkpoint.store import DEEPSPEED_FOLDER, Format
 from megagrin.config import changed_fields
 from megagrin.data.loader import Batch
+from megagrin.distributed.comm import local_tensor
 from megagrin.engines.base import Engine
 from megagrin.engines.zero_groups import Groups, Placed, axes, moe_marker, place
 from megagrin.engines.zero_settings import deepspeed_settings
 from megagrin.engines.zero_state import MOMENTS, ZeroState
 from megagrin.models.init import init_parameter
 from megagrin.models.transformer import Output, Transformer
-from megagrin.parallel.comm import local_tensor
 from megagrin.parallel.pipeline import MicroBatch, run_part
 
 
@@ -166,7 +166,7 @@ class DeepSpeedEngine(Engine):
 
         DeepSpeed's files are pickles: read only those that you trust.
         """
-        if checkpoint.format_of(path) == "native":
+        if store.format_of(path) == "native":
             super().load(path, step)
             return
         self._refuse_other_layouts(path)
@@ -181,7 +181,7 @@ class DeepSpeedEngine(Engine):
         files = len(list((path / DEEPSPEED_FOLDER).glob("*_optim_states.pt")))
         if files != dist.get_world_size():
             raise ValueError(f"{path}: DeepSpeed's files of {files} ranks are read by as many, not by {dist.get_world_size()}")
-        saved = checkpoint.read_info(path).run
+        saved = store.read_info(path).run
         now = {"parallel": dataclasses.asdict(self.mesh.config), "engine": dataclasses.asdict(self.config)}
         differing = changed_fields({section: saved[section] for section in now}, now)
         decisive = ("parallel.", "engine.zero", "engine.dtype", "engine.offload")

@@ -6,12 +6,12 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from megagrin import checkpoint
+from megagrin.checkpoint import store
 from megagrin.data.loader import Batch
 from megagrin.engines.base import Engine, require_finite
 from megagrin.models.init import init_parameters
 from megagrin.models.transformer import Transformer
-from megagrin.optim import build_optimizer, clip_gradients, gradient_norm
+from megagrin.optim.optimizer import build_optimizer, clip_gradients, gradient_norm
 from megagrin.parallel.data import prepare_backward
 from megagrin.parallel.pipeline import MicroBatch, Pipeline, Stages, run_part, stage_parts
 
@@ -77,15 +77,15 @@ class NativeEngine(Engine):
 
     def state(self, optimizer: bool = True) -> dict[str, Tensor]:
         """See `Engine.state`."""
-        weights = checkpoint.model_tensors(self.model)
+        weights = store.model_tensors(self.model)
         if not optimizer:
             return weights
-        return weights | checkpoint.optimizer_tensors(self.model, self.optimizer) | {"extra.previous_load": self.previous_f_LE}
+        return weights | store.optimizer_tensors(self.model, self.optimizer) | {"extra.previous_load": self.previous_f_LE}
 
     def load_state(self, state: dict[str, Tensor], step: int) -> None:
         """See `Engine.load_state`: the tensors are the engine's own, filled in place."""
         if "extra.previous_load" in state:
-            checkpoint.set_steps(self.optimizer, step)
+            store.set_steps(self.optimizer, step)
 
 
 def _free_gathered(model: nn.Module) -> None:

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement
 
+from megagrin.distributed.mesh import ParallelMesh
 from megagrin.moe.experts import Experts
 from megagrin.moe.router import Router
 from megagrin.parallel.data import shard_placement
-from megagrin.parallel.mesh import ParallelMesh
 
 Axis = Literal["dense", "expert", "tokens"]
 

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from megagrin.distributed.mesh import ParallelConfig
 from megagrin.engines.base import EngineConfig
-from megagrin.optim import OptimConfig
-from megagrin.parallel.mesh import ParallelConfig
+from megagrin.optim.optimizer import OptimConfig
 
 # What the run itself decides; a file with DeepSpeed settings may not contradict it.
 OURS = (

@@ -19,9 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megagrin.kernels.permute import SortPlan, permute, sort_by_expert, unpermute
-from megagrin.moe.router import Routing
-from megagrin.parallel.comm import (
+from megagrin.distributed.comm import (
     Exchange,
     HostCopy,
     all_gather_rows,
@@ -30,6 +28,8 @@ from megagrin.parallel.comm import (
     reduce_scatter_rows,
     reduce_scatter_sequence,
 )
+from megagrin.kernels.permute import SortPlan, permute, sort_by_expert, unpermute
+from megagrin.moe.router import Routing
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ Shape suffixes: T tokens, R routed rows, D model width, F expert width, L expert
 import torch
 from torch import Tensor
 
+from megagrin.distributed.comm import local_tensor
 from megagrin.kernels.moe_mlp import expert_mlp
 from megagrin.kernels.permute import SortPlan
-from megagrin.parallel.comm import local_tensor
 
 
 class Experts(torch.nn.Module):

@@ -20,10 +20,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megagrin.data.loader import Batch
+from megagrin.distributed.comm import gather_stacked, swap_blocks
+from megagrin.distributed.mesh import ParallelMesh
 from megagrin.models.transformer import Transformer
 from megagrin.nn.attention import AttentionCore, Reach, SequenceMask, attention_layers
-from megagrin.parallel.comm import gather_stacked, swap_blocks
-from megagrin.parallel.mesh import ParallelMesh
 
 
 def own_chunks(ranks: int, rank: int) -> tuple[int, int]:

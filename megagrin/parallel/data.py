@@ -13,8 +13,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
+from megagrin.distributed.mesh import ParallelMesh
 from megagrin.parallel.expert import moe_layers
-from megagrin.parallel.mesh import ParallelMesh
 
 
 def shard_placement(shards: int) -> Callable[[nn.Parameter], Shard]:

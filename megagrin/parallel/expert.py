@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
+from megagrin.distributed.mesh import ParallelMesh
 from megagrin.moe.dispatch import AllToAllDispatch, Dispatch, GatheredDispatch, OverlappedDispatch
 from megagrin.moe.experts import Experts
 from megagrin.moe.layer import MoELayer
-from megagrin.parallel.mesh import ParallelMesh
 
 # gate_up_proj (E, 2F, D), its gate and up rows interleaved: an even cut keeps pairs together; down_proj (E, D, F).
 _CUT_DIM = {"gate_up_proj": 1, "down_proj": 2}

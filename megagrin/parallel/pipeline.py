@@ -29,11 +29,11 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleInterleaved1F1B, ScheduleInterleavedZeroBubble
 
 from megagrin.data.loader import Batch
-from megagrin.flops import forward_flops_per_token
+from megagrin.distributed.mesh import ParallelConfig, ParallelMesh
 from megagrin.kernels.split_backward import inputs_only
 from megagrin.models.transformer import ModelConfig, Output, Part, Transformer
 from megagrin.moe.layer import TrainRouting
-from megagrin.parallel.mesh import ParallelConfig, ParallelMesh
+from megagrin.planning.flops import forward_flops_per_token
 
 MicroBatch = tuple[Batch, TrainRouting | None]
 

@@ -2,12 +2,12 @@
 
 import torch
 
+from megagrin.distributed.mesh import ParallelMesh
 from megagrin.models.transformer import Transformer
 from megagrin.parallel.compile import compile_dense
 from megagrin.parallel.context import shard_context
 from megagrin.parallel.data import shard_data_parallel
 from megagrin.parallel.expert import shard_experts
-from megagrin.parallel.mesh import ParallelMesh
 from megagrin.parallel.recompute import Recompute, apply_recompute
 from megagrin.parallel.tensor import shard_tensors
 

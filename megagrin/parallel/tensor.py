@@ -21,16 +21,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Placement, Shard
 
-from megagrin.kernels.cross_entropy import VocabShard, linear_cross_entropy
-from megagrin.models.transformer import LMHead
-from megagrin.parallel.comm import (
+from megagrin.distributed.comm import (
     all_gather_last_dim,
     all_gather_sequence,
     local_tensor,
     reduce_scatter_sequence,
     slice_replicated,
 )
-from megagrin.parallel.mesh import ParallelMesh
+from megagrin.distributed.mesh import ParallelMesh
+from megagrin.kernels.cross_entropy import VocabShard, linear_cross_entropy
+from megagrin.models.transformer import LMHead
 
 
 def shard_rows(rows: int, ranks: int, rank: int) -> tuple[int, int]:

@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 
 from megagrin.data.loader import Batch
+from megagrin.distributed.mesh import ParallelConfig, build_mesh
+from megagrin.distributed.runtime import RuntimeConfig, session
 from megagrin.engines.base import EngineConfig
 from megagrin.engines.native import NativeEngine
 from megagrin.models.grin import GRIN_TINY
 from megagrin.moe.balance import BalanceConfig
 from megagrin.moe.layer import MoELayer, TrainRouting
 from megagrin.moe.router import Draws, RouterConfig
-from megagrin.optim import OptimConfig
-from megagrin.parallel.mesh import ParallelConfig, build_mesh
-from megagrin.runtime import RuntimeConfig, session
+from megagrin.optim.optimizer import OptimConfig
 
 KERNELS = {
     "count_kernel",

@@ -5,8 +5,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from megagrin.kernel_tuning import CudaMeasure, Launches, LayerShape, Product, products
 from megagrin.kernels.tuning import BlockConfig
+from megagrin.planning.kernel_tuning import CudaMeasure, Launches, LayerShape, Product, products
 
 LAYER = LayerShape(tokens=21, d_model=72, d_ff=40, n_experts=4, top_k=2)
 BLOCKS = [BlockConfig(32, 64, 32, 4, 2, group_m=2, slices=4), BlockConfig(64, 32, 32, 4, 2, slices=2)]

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from launch_helpers import WAIT_S, last_step
 
-from megagrin import checkpoint
+from megagrin.checkpoint import store
 from megagrin.cli import main
-from megagrin.metrics import read_metrics
+from megagrin.observe.metrics import read_metrics
 
 pytest.importorskip("deepspeed")
 
@@ -44,9 +44,9 @@ def test_run_resume_convert(recipe: Path, environment: dict[str, str], tmp_path:
     ours = ["--engine=deepspeed", "--engine.zero=2", "--checkpoint.format=deepspeed", "--checkpoint.interval=3"]
     whole = train("deepspeed", *ours)
     assert losses(whole) == pytest.approx(expected, rel=1e-5)
-    assert [checkpoint.format_of(path) for path in checkpoint.checkpoints(whole)] == ["deepspeed"] * 2
+    assert [store.format_of(path) for path in store.checkpoints(whole)] == ["deepspeed"] * 2
     # The third step's checkpoint as a native one; the native engine goes on from there, and then DeepSpeed from its files again.
-    third = str(checkpoint.checkpoints(whole)[0])
+    third = str(store.checkpoints(whole)[0])
     log = ranks("convert-checkpoint", "--from", third, "--to", str(tmp_path / "converted"))
     assert "native checkpoint of step 3" in log
     log = ranks("convert-checkpoint", "--from", str(tmp_path / "converted"), "--to", str(tmp_path / "back"))

@@ -7,7 +7,7 @@ import pytest
 from helpers import GlooPool
 from parallel.common import MODEL, TOLERANCE, Run, compare, reference, run_steps
 
-from megagrin.parallel.mesh import ParallelConfig
+from megagrin.distributed.mesh import ParallelConfig
 
 
 def compiled_run(run: Run) -> tuple[dict[str, Any], dict[str, int], int]:

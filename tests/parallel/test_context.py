@@ -11,10 +11,10 @@ from helpers import GlooPool
 from parallel.common import MODEL, SEQ, STEPS, Run, assert_same_run, reference, run_steps
 from torch import Tensor
 
+from megagrin.distributed.mesh import ParallelConfig
 from megagrin.nn.attention import Attention, FlexCore, SdpaCore, SequenceMask, sequence_reach, use_backend
 from megagrin.parallel.context import by_rank, in_sequence_order, slice_sequence
-from megagrin.parallel.mesh import ParallelConfig
-from megagrin.trainer import RunConfig, TrainConfig
+from megagrin.training.trainer import RunConfig, TrainConfig
 
 SLOW = pytest.mark.slow
 CP2, CP4 = ParallelConfig(cp=2), ParallelConfig(cp=4)

@@ -8,7 +8,7 @@ import torch
 from common import MODEL, STEPS, Run, assert_same_run, reference, run_forced, run_steps
 from helpers import GlooPool
 
-from megagrin.parallel.mesh import ParallelConfig
+from megagrin.distributed.mesh import ParallelConfig
 
 FOLDED = ParallelConfig(tp=2, ep=2, etp=2)
 SLOW = pytest.mark.slow

@@ -21,7 +21,7 @@ from common import (
 )
 from helpers import GlooPool
 
-from megagrin.parallel.mesh import ParallelConfig
+from megagrin.distributed.mesh import ParallelConfig
 
 EP2 = ParallelConfig(ep=2)
 LAYOUTS = [  # (ranks, degrees, sequences a micro-batch)

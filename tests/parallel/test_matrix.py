@@ -10,7 +10,7 @@ import pytest
 from common import MODEL, Run, assert_same_run
 from helpers import GlooPool
 
-from megagrin.parallel.mesh import ParallelConfig
+from megagrin.distributed.mesh import ParallelConfig
 
 # Key-value heads for tp 4, layers that do not divide by the stages.
 SHAPE = replace(MODEL, n_layers=3, n_kv_heads=4)

@@ -11,7 +11,7 @@ from common import MODEL, OPTIM, TOLERANCE, Run, assert_same_run, compare, refer
 from helpers import GlooPool
 from parallel.test_compile import compiled_run
 
-from megagrin.parallel.mesh import ParallelConfig
+from megagrin.distributed.mesh import ParallelConfig
 
 FULL = {"recompute": "full"}
 SELECTIVE = {"recompute": "selective", "recompute_parts": ("attention_core", "expert_mlp", "norms")}

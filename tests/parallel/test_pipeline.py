@@ -11,11 +11,11 @@ from helpers import GlooPool
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megagrin import checkpoint
-from megagrin.checkpoint import CheckpointInfo
+from megagrin.checkpoint import store
+from megagrin.checkpoint.store import CheckpointInfo
+from megagrin.distributed.mesh import ParallelConfig
 from megagrin.kernels import moe_mlp
 from megagrin.models.grin import PRESETS
-from megagrin.parallel.mesh import ParallelConfig
 from megagrin.parallel.pipeline import balanced_split, bubble_over_work, describe_parts, stage_parts
 
 
@@ -162,15 +162,15 @@ def save_after_step(run: Run, folder: str) -> float:
     engine = build_engine(run)
     engine.train_step(micro_batches(run, 0, engine.mesh), 0, 1e-3)
     info = CheckpointInfo(1, SEQUENCES, {})
-    checkpoint.save(Path(folder), engine.state(), info)
+    store.save(Path(folder), engine.state(), info)
     return engine.evaluate(micro_batches(run, 1, engine.mesh))
 
 
 def load_and_continue(run: Run, folder: str) -> tuple[float, float, dict[str, torch.Tensor]]:
     """Evaluate what another layout saved, train on, and return the weights."""
     engine = build_engine(run)
-    engine.load(checkpoint.find(Path(folder)), 1)
-    held = checkpoint.gather(engine.model, engine.mesh.group("pp"))
+    engine.load(store.find(Path(folder)), 1)
+    held = store.gather(engine.model, engine.mesh.group("pp"))
     valid = engine.evaluate(micro_batches(run, 1, engine.mesh))
     return valid, engine.train_step(micro_batches(run, 1, engine.mesh), 1, 1e-3).loss, held
 

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from megagrin.cli import main
 from megagrin.data.loader import DataConfig
+from megagrin.distributed.mesh import ParallelConfig
 from megagrin.engines.base import EngineConfig
-from megagrin.parallel.mesh import ParallelConfig
-from megagrin.trainer import RunConfig, TrainConfig
+from megagrin.training.trainer import RunConfig, TrainConfig
 
 EXAMPLES, MANY_EXAMPLES = 8, 40
 # derandomize: the same examples in every run, so that a failure is one for everybody; no shrinking, which would take minutes.

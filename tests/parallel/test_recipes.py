@@ -9,13 +9,13 @@ import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from megagrin.distributed.comm import local_tensor
+from megagrin.distributed.mesh import build_mesh
 from megagrin.models.transformer import Transformer
-from megagrin.parallel.comm import local_tensor
-from megagrin.parallel.mesh import build_mesh
 from megagrin.parallel.pipeline import stage_parts
 from megagrin.parallel.plan import parallelize
 from megagrin.parallel.recompute import Recompute
-from megagrin.trainer import RunConfig, parse_config
+from megagrin.training.trainer import RunConfig, parse_config
 
 RECIPES = sorted((Path(__file__).parents[2] / "launch" / "recipes").glob("*gpu*.yaml"))
 

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import CheckpointError
 
 from megagrin import rng
+from megagrin.distributed.mesh import ParallelConfig
 from megagrin.engines.base import EngineConfig
 from megagrin.models.init import init_parameters
 from megagrin.models.transformer import ModelConfig, Transformer
@@ -26,7 +27,6 @@ from megagrin.moe.layer import TrainRouting
 from megagrin.moe.router import Draws
 from megagrin.nn.rope import rope_table
 from megagrin.parallel.expert import moe_layers
-from megagrin.parallel.mesh import ParallelConfig
 from megagrin.parallel.recompute import Recompute, apply_recompute, block_bytes, blocks_to_recompute
 
 SLOW = pytest.mark.slow

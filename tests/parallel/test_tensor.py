@@ -11,13 +11,13 @@ from helpers import GlooPool
 from torch import Tensor
 from torch.distributed.tensor import Shard
 
-from megagrin import checkpoint
-from megagrin.checkpoint import CheckpointInfo
+from megagrin.checkpoint import store
+from megagrin.checkpoint.store import CheckpointInfo
 from megagrin.data.loader import DataConfig
-from megagrin.optim import learning_rate
-from megagrin.parallel.mesh import ParallelConfig
+from megagrin.distributed.mesh import ParallelConfig
+from megagrin.optim.optimizer import learning_rate
 from megagrin.parallel.tensor import shard_rows
-from megagrin.trainer import RunConfig, TrainConfig
+from megagrin.training.trainer import RunConfig, TrainConfig
 
 HEADS4 = replace(MODEL, n_kv_heads=4)  # the key-value heads allow tp 4
 DENSE = replace(MODEL, n_experts=0, top_k=1)
@@ -97,18 +97,18 @@ def train_and_save(run: Run, folder: str) -> None:
     """The first step, and a checkpoint."""
     engine = build_engine(run)
     engine.train_step(micro_batches(run, 0, engine.mesh), 0, learning_rate(run.optim, 0, run.steps))
-    checkpoint.save(Path(folder), engine.state(), CheckpointInfo(1, 8, {}))
+    store.save(Path(folder), engine.state(), CheckpointInfo(1, 8, {}))
 
 
 def resume(run: Run, folder: str) -> dict[str, Any]:
     """The steps behind the checkpoint."""
     engine = build_engine(run)
-    engine.load(checkpoint.find(Path(folder)), 1)
+    engine.load(store.find(Path(folder)), 1)
     results = [
         engine.train_step(micro_batches(run, step, engine.mesh), step, learning_rate(run.optim, step, run.steps))
         for step in range(1, run.steps)
     ]
-    return {"losses": [result.loss for result in results], "weights": checkpoint.gather(engine.model)}
+    return {"losses": [result.loss for result in results], "weights": store.gather(engine.model)}
 
 
 @pytest.mark.parametrize("vocab_size", [67, pytest.param(3, marks=SLOW)])

@@ -22,9 +22,9 @@ from common import (
 from helpers import GlooPool
 from torch import Tensor
 
-from megagrin import checkpoint
+from megagrin.checkpoint import store
+from megagrin.distributed.mesh import ParallelConfig, ParallelMesh
 from megagrin.engines import base
-from megagrin.parallel.mesh import ParallelConfig, ParallelMesh
 
 UNCLIPPED = replace(OPTIM, clip_norm=0.0)
 LAYOUTS = [
@@ -105,7 +105,7 @@ def local_parameters(run: Run) -> dict[str, Tensor]:
     engine = build_engine(run)
     for step in range(3):
         engine.train_step(micro_batches(run, step, engine.mesh), step, 1e-2)
-    return checkpoint.gather(engine.model)
+    return store.gather(engine.model)
 
 
 def test_copies_on_tp_ranks_stay_equal(gloo: GlooPool) -> None:

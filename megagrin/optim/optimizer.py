@@ -1,0 +1,157 @@
+"""Optimizers, learning-rate schedules, and one true gradient norm over all placements."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from megagrin.distributed.comm import local_tensor
+from megagrin.optim.apex import ApexAdam, use_apex
+from megagrin.optim.muon import Muon, is_matrix
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Optimizer and schedule.
+
+    Attributes:
+        kind: adamw; or muon, which orthogonalises the update of every matrix (of each expert separately) and leaves embedding,
+            head, routers, norms and biases to AdamW.
+        lr: peak learning rate; the same for both kinds, as Muon's updates are scaled to AdamW's.
+        min_lr_ratio: final learning rate as a fraction of lr.
+        schedule: cosine decays from warm-up to the end; wsd stays at the peak and decays linearly in the last decay_fraction of
+            the steps; constant stays.
+        warmup_steps: steps of linear warm-up from 0.
+        decay_fraction: wsd only.
+        beta1: AdamW's first moment.
+        beta2: AdamW's second moment.
+        eps: AdamW's epsilon.
+        muon_momentum: Muon's Nesterov momentum.
+        weight_decay: decoupled decay of matrices; biases and norms have none.
+        clip_norm: largest gradient norm over all parameters; 0 switches clipping off.
+        fused_adam: who computes AdamW's step: torch, apex (CUDA only), or auto, which takes apex where it can. A state saved
+            with one loads with the other.
+    """
+
+    kind: Literal["adamw", "muon"] = "adamw"
+    lr: float = 3e-4
+    min_lr_ratio: float = 0.1
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    warmup_steps: int = 100
+    decay_fraction: float = 0.2
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    muon_momentum: float = 0.95
+    weight_decay: float = 0.1
+    clip_norm: float = 1.0
+    fused_adam: Literal["auto", "torch", "apex"] = "auto"
+
+    def violations(self) -> list[str]:
+        """Every broken rule of this section, as `field: value and rule`."""
+        rules = [
+            ("lr", self.lr > 0, "must be positive"),
+            ("min_lr_ratio", 0 <= self.min_lr_ratio <= 1, "must lie in [0, 1]"),
+            ("warmup_steps", self.warmup_steps >= 0, "must not be negative"),
+            ("decay_fraction", 0 <= self.decay_fraction <= 1, "must lie in [0, 1]"),
+            ("beta1", 0 <= self.beta1 < 1, "must lie in [0, 1)"),
+            ("beta2", 0 <= self.beta2 < 1, "must lie in [0, 1)"),
+            ("eps", self.eps > 0, "must be positive"),
+            ("muon_momentum", 0 <= self.muon_momentum < 1, "must lie in [0, 1)"),
+            ("weight_decay", self.weight_decay >= 0, "must not be negative"),
+            ("clip_norm", self.clip_norm >= 0, "must not be negative (0 switches clipping off)"),
+        ]
+        return [f"optim.{name}: {getattr(self, name)} {rule}" for name, holds, rule in rules if not holds]
+
+
+def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
+    """Learning rate of optimizer step `step` (from 0) in a run of `steps`."""
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    floor = config.lr * config.min_lr_ratio
+    if config.schedule == "cosine":
+        progress = min(1.0, (step - config.warmup_steps) / max(1, steps - config.warmup_steps))
+        return floor + (config.lr - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+    if config.schedule == "wsd":
+        decay_steps = max(1, round(config.decay_fraction * steps))
+        progress = min(1.0, max(0.0, (step - (steps - decay_steps)) / decay_steps))
+        return config.lr + (floor - config.lr) * progress
+    return config.lr
+
+
+def build_optimizer(model: nn.Module, config: OptimConfig, dtype: torch.dtype) -> torch.optim.Optimizer:
+    """The optimizer over all parameters of a model.
+
+    Args:
+        model: parameters on their device, sharded or not.
+        config: what to build.
+        dtype: dtype of matrix products, in which Muon orthogonalises.
+
+    Raises:
+        ValueError: apex is asked for and cannot be used here.
+    """
+    named = list(model.named_parameters())
+    if config.kind == "adamw":
+        return _build_adamw(named, config)
+    adamw = _build_adamw([(name, parameter) for name, parameter in named if not is_matrix(name, parameter)], config)
+    matrices = [(name, parameter) for name, parameter in named if is_matrix(name, parameter)]
+    return Muon(adamw, matrices, config.lr, config.weight_decay, config.muon_momentum, dtype)
+
+
+def _build_adamw(named: list[tuple[str, nn.Parameter]], config: OptimConfig) -> torch.optim.Optimizer:
+    """Fused AdamW with one group per (mesh, decay): a fused step takes tensors of one mesh only."""
+    groups: dict[tuple[object, bool], list[nn.Parameter]] = {}
+    for name, parameter in named:
+        decay = parameter.dim() > 1 and not name.endswith("norm.weight")
+        mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
+        groups.setdefault((mesh, decay), []).append(parameter)
+    listed = [{"params": params, "weight_decay": config.weight_decay if decay else 0.0} for (_, decay), params in groups.items()]
+    betas = (config.beta1, config.beta2)
+    if use_apex(config.fused_adam, "optim.fused_adam", "amp_C", named[0][1]):
+        return ApexAdam(listed, config.lr, betas, config.eps)
+    return torch.optim.AdamW(listed, lr=config.lr, betas=betas, eps=config.eps, fused=True)
+
+
+def _replicas(gradient: Tensor, ranks: int) -> int:
+    """How many of the ranks hold each element."""
+    if not isinstance(gradient, DTensor):
+        return ranks
+    mesh = gradient.device_mesh
+    # Not is_shard(): it denies a dimension that two axes cut (_StridedShard).
+    sharded = [mesh.size(axis) for axis, placement in enumerate(gradient.placements) if not placement.is_replicate()]
+    return ranks // math.prod(sharded)
+
+
+def gradient_norm(parameters: list[nn.Parameter], stages: int = 1) -> Tensor:
+    """Euclidean norm over every element of every gradient, each counted once, whatever its mesh and placement.
+
+    Args:
+        parameters: this rank's.
+        stages: pipeline stages; a parameter lives in one of them, on world size / stages ranks.
+
+    Returns:
+        fp64 scalar, equal on all ranks. A parameter without gradient counts as zero.
+    """
+    world_size = dist.get_world_size() if dist.is_initialized() else 1
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    locals_ = [local_tensor(gradient) for gradient in gradients]
+    total = torch.zeros((), dtype=torch.float64, device=locals_[0].device if locals_ else None)
+    if locals_:
+        # Squares are summed in fp64: in fp32 the sum of 10^10 small squares would stop growing.
+        norms = torch.stack(torch._foreach_norm(locals_, 2)).double()
+        replicas = [_replicas(gradient, world_size // stages) for gradient in gradients]
+        total = (norms.square() / torch.tensor(replicas, dtype=torch.float64, device=norms.device)).sum()
+    if world_size > 1:
+        dist.all_reduce(total)
+    return total.sqrt()
+
+
+def clip_gradients(parameters: list[nn.Parameter], norm: Tensor, max_norm: float) -> None:
+    """Scale all gradients by min(1, max_norm / norm)."""
+    gradients = [local_tensor(parameter.grad) for parameter in parameters if parameter.grad is not None]
+    factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    torch._foreach_mul_(gradients, factor.to(gradients[0].dtype))
