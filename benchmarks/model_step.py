@@ -62,8 +62,7 @@ def measure(engine: NativeEngine, model: ModelConfig, options: argparse.Namespac
             seconds.append(time.perf_counter() - start)
         loss, counts_LE = result.loss, result.counts_LE
     assert counts_LE is not None
-    names = ("n_layers", "d_model", "n_heads", "n_kv_heads", "head_dim", "d_ff", "n_experts", "top_k", "vocab_size", "window")
-    per_token = flops_per_token(**{name: getattr(model, name) for name in names}, seq_len=options.seq_len)
+    per_token = flops_per_token(model, options.seq_len)
     n_tokens, step_s = tokens.tokens_BS.numel(), statistics.median(seconds)
     rate = per_token * n_tokens / step_s
     memory = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None

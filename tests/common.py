@@ -22,7 +22,8 @@ from megagrin.engines.native import NativeEngine
 from megagrin.models.transformer import ModelConfig
 from megagrin.moe.balance import BalanceConfig
 from megagrin.moe.router import Router, RouterConfig, Routing
-from megagrin.optim.optimizer import OptimConfig, learning_rate
+from megagrin.optim.optimizer import OptimConfig
+from megagrin.optim.schedule import learning_rate
 from megagrin.parallel.expert import moe_layers
 
 MODEL = ModelConfig(

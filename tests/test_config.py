@@ -10,7 +10,8 @@ from megagrin import config
 from megagrin.cli import main
 from megagrin.distributed.runtime import RuntimeConfig, session
 from megagrin.models.grin import PRESETS
-from megagrin.training.trainer import RunConfig, parse_config
+from megagrin.training import rules
+from megagrin.training.run_config import RunConfig, parse_config
 
 RECIPES = Path(__file__).parents[1] / "launch" / "recipes"
 
@@ -50,7 +51,7 @@ def test_recipes_fit(recipe: Path) -> None:
     """Every recipe parses and breaks no rule on the ranks that its name says; the quickstart has two."""
     run = parse("--config", str(recipe), "--data.train=tokens")
     ranks = re.search(r"_(\d+)gpu", recipe.stem)
-    assert run.violations(int(ranks[1]) if ranks else 2) == []
+    assert rules.violations(run, int(ranks[1]) if ranks else 2) == []
 
 
 @pytest.mark.parametrize(
@@ -114,7 +115,7 @@ def test_all_violations_at_once() -> None:
         "--optim.beta2=1.5",
         "--metrics.log_interval=0",
     )
-    broken = "\n".join(run.violations(4))
+    broken = "\n".join(rules.violations(run, 4))
     for rule in (
         "model.n_heads: 6 must be a multiple of model.n_kv_heads (4)",
         "model.top_k: 17 must lie in [1, model.n_experts = 16]",
@@ -129,15 +130,15 @@ def test_all_violations_at_once() -> None:
         "data.train: the prefix",
     ):
         assert rule in broken
-    assert len(run.violations(4)) == 11
+    assert len(rules.violations(run, 4)) == 11
     with pytest.raises(ValueError, match="11 settings do not fit"):
-        config.check(run.violations(4))
+        config.check(rules.violations(run, 4))
 
 
 def test_forced_balance_by_name() -> None:
     """Asked for by name it is accepted."""
     run = parse("--router.forced_balance=true", "--train.allow_forced_balance=true", "--data.train=x")
-    assert run.violations(1) == []
+    assert rules.violations(run, 1) == []
 
 
 def test_command_line_errors(capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,8 @@ from megagrin.data.loader import Batch
 from megagrin.engines.base import Engine, require_finite
 from megagrin.models.init import init_parameters
 from megagrin.models.transformer import Transformer
-from megagrin.optim.optimizer import build_optimizer, clip_gradients, gradient_norm
+from megagrin.optim.norm import clip_gradients, gradient_norm
+from megagrin.optim.optimizer import build_optimizer
 from megagrin.parallel.data import prepare_backward
 from megagrin.parallel.pipeline import MicroBatch, Pipeline, Stages, run_part, stage_parts
 

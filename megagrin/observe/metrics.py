@@ -16,21 +16,8 @@ import torch
 from torch import Tensor
 
 from megagrin.observe.trackers import ConsoleTracker, TensorBoardTracker, WandbTracker
-from megagrin.planning.flops import flops_per_token, model_flops_utilization, peak_flops
 
 log = logging.getLogger(__name__)
-
-# The FLOP counts are part of this module's interface.
-__all__ = [
-    "FILE_NAME",
-    "MetricsConfig",
-    "MetricsLogger",
-    "expert_load",
-    "flops_per_token",
-    "model_flops_utilization",
-    "peak_flops",
-    "read_metrics",
-]
 
 FILE_NAME = "metrics.jsonl"
 

@@ -1,15 +1,12 @@
-"""Optimizers, learning-rate schedules, and one true gradient norm over all placements."""
+"""The optimizer over all parameters of a model, and the settings of its section."""
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.tensor import DTensor
 
-from megagrin.distributed.comm import local_tensor
 from megagrin.optim.apex import ApexAdam, use_apex
 from megagrin.optim.muon import Muon, is_matrix
 
@@ -68,21 +65,6 @@ class OptimConfig:
         return [f"optim.{name}: {getattr(self, name)} {rule}" for name, holds, rule in rules if not holds]
 
 
-def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
-    """Learning rate of optimizer step `step` (from 0) in a run of `steps`."""
-    if step < config.warmup_steps:
-        return config.lr * (step + 1) / config.warmup_steps
-    floor = config.lr * config.min_lr_ratio
-    if config.schedule == "cosine":
-        progress = min(1.0, (step - config.warmup_steps) / max(1, steps - config.warmup_steps))
-        return floor + (config.lr - floor) * 0.5 * (1 + math.cos(math.pi * progress))
-    if config.schedule == "wsd":
-        decay_steps = max(1, round(config.decay_fraction * steps))
-        progress = min(1.0, max(0.0, (step - (steps - decay_steps)) / decay_steps))
-        return config.lr + (floor - config.lr) * progress
-    return config.lr
-
-
 def build_optimizer(model: nn.Module, config: OptimConfig, dtype: torch.dtype) -> torch.optim.Optimizer:
     """The optimizer over all parameters of a model.
 
@@ -114,44 +96,3 @@ def _build_adamw(named: list[tuple[str, nn.Parameter]], config: OptimConfig) -> 
     if use_apex(config.fused_adam, "optim.fused_adam", "amp_C", named[0][1]):
         return ApexAdam(listed, config.lr, betas, config.eps)
     return torch.optim.AdamW(listed, lr=config.lr, betas=betas, eps=config.eps, fused=True)
-
-
-def _replicas(gradient: Tensor, ranks: int) -> int:
-    """How many of the ranks hold each element."""
-    if not isinstance(gradient, DTensor):
-        return ranks
-    mesh = gradient.device_mesh
-    # Not is_shard(): it denies a dimension that two axes cut (_StridedShard).
-    sharded = [mesh.size(axis) for axis, placement in enumerate(gradient.placements) if not placement.is_replicate()]
-    return ranks // math.prod(sharded)
-
-
-def gradient_norm(parameters: list[nn.Parameter], stages: int = 1) -> Tensor:
-    """Euclidean norm over every element of every gradient, each counted once, whatever its mesh and placement.
-
-    Args:
-        parameters: this rank's.
-        stages: pipeline stages; a parameter lives in one of them, on world size / stages ranks.
-
-    Returns:
-        fp64 scalar, equal on all ranks. A parameter without gradient counts as zero.
-    """
-    world_size = dist.get_world_size() if dist.is_initialized() else 1
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    locals_ = [local_tensor(gradient) for gradient in gradients]
-    total = torch.zeros((), dtype=torch.float64, device=locals_[0].device if locals_ else None)
-    if locals_:
-        # Squares are summed in fp64: in fp32 the sum of 10^10 small squares would stop growing.
-        norms = torch.stack(torch._foreach_norm(locals_, 2)).double()
-        replicas = [_replicas(gradient, world_size // stages) for gradient in gradients]
-        total = (norms.square() / torch.tensor(replicas, dtype=torch.float64, device=norms.device)).sum()
-    if world_size > 1:
-        dist.all_reduce(total)
-    return total.sqrt()
-
-
-def clip_gradients(parameters: list[nn.Parameter], norm: Tensor, max_norm: float) -> None:
-    """Scale all gradients by min(1, max_norm / norm)."""
-    gradients = [local_tensor(parameter.grad) for parameter in parameters if parameter.grad is not None]
-    factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    torch._foreach_mul_(gradients, factor.to(gradients[0].dtype))

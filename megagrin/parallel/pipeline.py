@@ -20,6 +20,7 @@ Shape suffixes: B sequences, S positions of this rank, D model width, L layers, 
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -105,19 +106,7 @@ def stage_parts(model: ModelConfig, config: ParallelConfig) -> list[Part]:
     if config.pp_split is not None:
         layers = list(config.pp_split)
     else:
-        terms = forward_flops_per_token(
-            n_layers=1,
-            d_model=model.d_model,
-            n_heads=model.n_heads,
-            n_kv_heads=model.n_kv_heads,
-            head_dim=model.head_dim,
-            d_ff=model.d_ff,
-            n_experts=model.n_experts,
-            top_k=model.top_k,
-            vocab_size=model.vocab_size,
-            seq_len=model.max_positions,
-            window=model.window,
-        )
+        terms = forward_flops_per_token(replace(model, n_layers=1), model.max_positions)
         head = terms.pop("lm_head")
         layers = balanced_split([0.0, *[sum(terms.values())] * model.n_layers, head], stages)
         layers[0] -= 1

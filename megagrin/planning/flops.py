@@ -4,27 +4,15 @@ import functools
 import logging
 import re
 import time
-from typing import Any
 
 import torch
+
+from megagrin.models.transformer import ModelConfig
 
 log = logging.getLogger(__name__)
 
 
-def forward_flops_per_token(
-    *,
-    n_layers: int,
-    d_model: int,
-    n_heads: int,
-    n_kv_heads: int,
-    head_dim: int,
-    d_ff: int,
-    n_experts: int,
-    top_k: int,
-    vocab_size: int,
-    seq_len: int,
-    window: int | None,
-) -> dict[str, float]:
+def forward_flops_per_token(model: ModelConfig, seq_len: int) -> dict[str, float]:
     """FLOPs of one forward pass per token, by term; a multiply-add is two FLOPs.
 
     ==============  ===========================================================================
@@ -39,37 +27,27 @@ def forward_flops_per_token(
     min(position + 1, window). Lookups, norms, softmax, activations and document boundaries are not counted.
 
     Args:
-        n_experts: 0 for a dense model.
-        top_k: experts per token; has no meaning in a dense model.
-        window: keys that a query attends to at most, its own included; None for all earlier ones.
-
-    Raises:
-        ValueError: top_k is not in [1, n_experts], or window or seq_len is below 1.
+        model: dimensions that fit together (`ModelConfig.violations`).
+        seq_len: positions of a sequence, at least 1.
     """
-    if n_experts and not 1 <= top_k <= n_experts:
-        raise ValueError(f"top_k: {top_k} must lie in [1, n_experts = {n_experts}]")
-    if seq_len < 1 or (window is not None and window < 1):
-        raise ValueError(f"seq_len: {seq_len} and window: {window} must be at least 1")
-    reach = seq_len if window is None else min(window, seq_len)
+    reach = min(model.window, seq_len)
     keys = (reach * (reach + 1) // 2 + (seq_len - reach) * reach) / seq_len
+    layers, d_model, heads = model.n_layers, model.d_model, 2 * (model.n_heads + model.n_kv_heads)
     return {
-        "attention": n_layers * 2.0 * d_model * head_dim * (2 * n_heads + 2 * n_kv_heads),
-        "attention_core": n_layers * 4.0 * n_heads * head_dim * keys,
-        "experts": n_layers * (top_k if n_experts else 1) * 6.0 * d_model * d_ff,
-        "router": n_layers * 2.0 * d_model * n_experts,
-        "lm_head": 2.0 * d_model * vocab_size,
+        "attention": layers * 2.0 * d_model * model.head_dim * heads,
+        "attention_core": layers * 4.0 * model.n_heads * model.head_dim * keys,
+        "experts": layers * (model.top_k if model.is_moe else 1) * 6.0 * d_model * model.d_ff,
+        "router": layers * 2.0 * d_model * model.n_experts,
+        "lm_head": 2.0 * d_model * model.vocab_size,
     }
 
 
-def flops_per_token(**shape: Any) -> float:
+def flops_per_token(model: ModelConfig, seq_len: int) -> float:
     """Training FLOPs per token: three forward passes' worth, as the backward of a product is two products of its size.
 
     Recomputed activations are not counted: they are work of this implementation, not of the model.
-
-    Args:
-        **shape: as for `forward_flops_per_token`.
     """
-    return 3.0 * sum(forward_flops_per_token(**shape).values())
+    return 3.0 * sum(forward_flops_per_token(model, seq_len).values())
 
 
 def model_flops_utilization(tokens_per_second: float, token_flops: float, devices: int, device_peak: float) -> float:

@@ -13,7 +13,9 @@ from megagrin.checkpoint import store
 from megagrin.checkpoint.store import CheckpointInfo
 from megagrin.distributed.mesh import build_mesh
 from megagrin.distributed.runtime import session, world_size_from_environment
-from megagrin.training.trainer import RunConfig, build_engine
+from megagrin.training import rules
+from megagrin.training.run_config import RunConfig
+from megagrin.training.trainer import build_engine
 
 DESCRIPTION = """Convert a checkpoint to the other format: a native one to DeepSpeed's own files, or these to a native one.
 
@@ -46,7 +48,7 @@ def main(argv: list[str]) -> int:
         raise ValueError("--to: a run folder for the converted checkpoint must be given")
     to: store.Format = "native" if store.format_of(source) == "deepspeed" else "deepspeed"
     run = dataclasses.replace(run, checkpoint=dataclasses.replace(run.checkpoint, format=to))
-    config.check(run.violations(world_size_from_environment()))
+    config.check(rules.violations(run, world_size_from_environment()))
     convert(run, source, info, Path(options.to))
     return 0
 

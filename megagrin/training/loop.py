@@ -11,16 +11,18 @@ from megagrin import config
 from megagrin.distributed.runtime import Runtime, session, world_size_from_environment
 from megagrin.engines.base import StepResult
 from megagrin.observe.metrics import MetricsLogger, expert_load
-from megagrin.optim.optimizer import learning_rate
+from megagrin.optim.schedule import learning_rate
 from megagrin.planning.flops import flops_per_token, model_flops_utilization, peak_flops
-from megagrin.training.trainer import RunConfig, Trainer, describe, parse_config
+from megagrin.training import rules
+from megagrin.training.run_config import RunConfig, describe, parse_config
+from megagrin.training.trainer import Trainer
 
 
 def main(argv: list[str]) -> int:
     """Parse, check, train."""
     run, options = parse_config(argv, _add_options)
     world_size = options.world_size or world_size_from_environment()
-    config.check(run.violations(world_size))
+    config.check(rules.violations(run, world_size))
     if options.dry_run:
         _check_files(run)
         print(describe(run, world_size))
@@ -110,23 +112,10 @@ class _Rates:
     """Tokens per second, MFU and memory between one step's end and the next, without evaluation and saving."""
 
     def __init__(self, run: RunConfig, runtime: Runtime) -> None:
-        model = run.model
         self.tokens = run.train.global_batch_size * run.train.seq_len
         self.device = runtime.device
         self.world_size = runtime.world_size
-        self.token_flops = flops_per_token(
-            n_layers=model.n_layers,
-            d_model=model.d_model,
-            n_heads=model.n_heads,
-            n_kv_heads=model.n_kv_heads,
-            head_dim=model.head_dim,
-            d_ff=model.d_ff,
-            n_experts=model.n_experts,
-            top_k=model.top_k,
-            vocab_size=model.vocab_size,
-            seq_len=run.train.seq_len,
-            window=model.window,
-        )
+        self.token_flops = flops_per_token(run.model, run.train.seq_len)
         dtype = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}[run.engine.dtype]
         # On rank 0 only: an unknown device is measured, and ranks that share a CPU would measure each other.
         self.peak = peak_flops(self.device, dtype, run.metrics.peak_tflops) if runtime.is_main else float("inf")

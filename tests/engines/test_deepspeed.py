@@ -11,8 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import GlooPool
-from parallel.common import (
+from common import (
     MODEL,
     ROUTER,
     STEPS,
@@ -27,6 +26,7 @@ from parallel.common import (
     run_forced,
     run_steps,
 )
+from helpers import GlooPool
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -35,7 +35,7 @@ from megagrin.checkpoint.store import CheckpointInfo
 from megagrin.distributed.mesh import ParallelConfig, build_mesh
 from megagrin.engines.base import EngineConfig
 from megagrin.engines.deepspeed import DeepSpeedEngine
-from megagrin.optim.optimizer import learning_rate
+from megagrin.optim.schedule import learning_rate
 from megagrin.parallel.expert import moe_layers
 
 pytest.importorskip("deepspeed")

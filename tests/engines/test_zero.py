@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 import torch
+from common import OPTIM, SEQUENCES, STEPS, Run, assert_same_run, build_engine, capture_gradients, micro_batches
 from helpers import GlooPool
-from parallel.common import OPTIM, SEQUENCES, STEPS, Run, assert_same_run, build_engine, capture_gradients, micro_batches
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 

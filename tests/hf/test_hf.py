@@ -19,7 +19,7 @@ from megagrin.data_prep.tokenizer import Tokenizer
 from megagrin.hf import folder
 from megagrin.hf.folder import ExportOptions, export_model, import_model, plan_shards
 from megagrin.models.transformer import ModelConfig, Transformer
-from megagrin.training.trainer import parse_config
+from megagrin.training.run_config import parse_config
 
 _SHAPES = {
     "window_below_sequence": BASE,

@@ -4,8 +4,8 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from common import MODEL, TOLERANCE, Run, compare, reference, run_steps
 from helpers import GlooPool
-from parallel.common import MODEL, TOLERANCE, Run, compare, reference, run_steps
 
 from megagrin.distributed.mesh import ParallelConfig
 

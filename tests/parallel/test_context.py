@@ -7,14 +7,15 @@ from dataclasses import replace
 
 import pytest
 import torch
+from common import MODEL, SEQ, STEPS, Run, assert_same_run, reference, run_steps
 from helpers import GlooPool
-from parallel.common import MODEL, SEQ, STEPS, Run, assert_same_run, reference, run_steps
 from torch import Tensor
 
 from megagrin.distributed.mesh import ParallelConfig
 from megagrin.nn.attention import Attention, FlexCore, SdpaCore, SequenceMask, sequence_reach, use_backend
 from megagrin.parallel.context import by_rank, in_sequence_order, slice_sequence
-from megagrin.training.trainer import RunConfig, TrainConfig
+from megagrin.training import rules
+from megagrin.training.run_config import RunConfig, TrainConfig
 
 SLOW = pytest.mark.slow
 CP2, CP4 = ParallelConfig(cp=2), ParallelConfig(cp=4)
@@ -142,9 +143,9 @@ def test_rules_of_shared_sequences() -> None:
     """Each refusal names field, value and rule."""
     run = RunConfig(train=TrainConfig(seq_len=60), parallel=replace(CP4, tp=1, cp_method="ulysses"))
     run = replace(run, model=replace(run.model, n_heads=6, n_kv_heads=2))
-    broken = "\n".join(run.violations(4))
+    broken = "\n".join(rules.violations(run, 4))
     assert "train.seq_len: 60 must be a multiple of 2 × parallel.cp × parallel.tp (8)" in broken
     assert "ulysses needs model.n_heads (6) to be a multiple of parallel.cp × parallel.tp (4)" in broken
     assert "model.n_kv_heads (2)" in broken
     fits = replace(run, train=replace(run.train, seq_len=64), parallel=CP4)
-    assert not [line for line in fits.violations(4) if "cp" in line]
+    assert not [line for line in rules.violations(fits, 4) if "cp" in line]

@@ -14,7 +14,8 @@ from megagrin.cli import main
 from megagrin.data.loader import DataConfig
 from megagrin.distributed.mesh import ParallelConfig
 from megagrin.engines.base import EngineConfig
-from megagrin.training.trainer import RunConfig, TrainConfig
+from megagrin.training import rules
+from megagrin.training.run_config import RunConfig, TrainConfig
 
 EXAMPLES, MANY_EXAMPLES = 8, 40
 # derandomize: the same examples in every run, so that a failure is one for everybody; no shrinking, which would take minutes.
@@ -81,7 +82,7 @@ def valid_runs(draw: Any) -> tuple[int, Run]:
 
 def _check_valid(gloo: GlooPool, case: tuple[int, Run]) -> None:
     world_size, run = case
-    assert as_config(run).violations(world_size) == [], "a valid layout was refused"
+    assert rules.violations(as_config(run), world_size) == [], "a valid layout was refused"
     assert_same_run(gloo, world_size, run)
 
 
@@ -106,7 +107,7 @@ def test_any_layout_is_accepted_or_refused_by_name(world_size: int, parallel: Pa
     """Checking never raises; a layout that cannot be built has a violation, and every violation starts with a field's name."""
     model = replace(MODEL, n_experts=n_experts, top_k=min(2, max(1, n_experts)))
     config = as_config(Run(parallel, micro, model=model))
-    broken = config.violations(world_size)
+    broken = rules.violations(config, world_size)
     names = {f"{section}.{name}" for section, fields in asdict(config).items() for name in fields}
     for line in broken:
         field, _, rule = line.partition(": ")

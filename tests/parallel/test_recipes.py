@@ -15,7 +15,8 @@ from megagrin.models.transformer import Transformer
 from megagrin.parallel.pipeline import stage_parts
 from megagrin.parallel.plan import parallelize
 from megagrin.parallel.recompute import Recompute
-from megagrin.training.trainer import RunConfig, parse_config
+from megagrin.training import rules
+from megagrin.training.run_config import RunConfig, parse_config
 
 RECIPES = sorted((Path(__file__).parents[2] / "launch" / "recipes").glob("*gpu*.yaml"))
 
@@ -48,7 +49,7 @@ def test_recipe_builds(recipe: Path) -> None:
     """Every rank holds its share: the model over the ranks of a copy, but for what is padded or too small to share."""
     run, _ = parse_config(["--config", str(recipe), "--data.train=tokens"])
     ranks = int(re.search(r"_(\d+)gpu", recipe.stem).group(1))  # type: ignore[union-attr]
-    assert run.violations(ranks) == []
+    assert rules.violations(run, ranks) == []
     stage = ranks // run.parallel.pp
     total, _ = run.model.parameter_counts()
     for offset in (0, stage - 1):

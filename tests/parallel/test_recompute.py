@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from common import BALANCE, MODEL, ROUTER, STEPS, Run, assert_same_run, build_engine, capture_gradients, micro_batches
 from helpers import GlooPool
-from parallel.common import BALANCE, MODEL, ROUTER, STEPS, Run, assert_same_run, build_engine, capture_gradients, micro_batches
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode

@@ -15,9 +15,10 @@ from megagrin.checkpoint import store
 from megagrin.checkpoint.store import CheckpointInfo
 from megagrin.data.loader import DataConfig
 from megagrin.distributed.mesh import ParallelConfig
-from megagrin.optim.optimizer import learning_rate
+from megagrin.optim.schedule import learning_rate
 from megagrin.parallel.tensor import shard_rows
-from megagrin.training.trainer import RunConfig, TrainConfig
+from megagrin.training import rules
+from megagrin.training.run_config import RunConfig, TrainConfig
 
 HEADS4 = replace(MODEL, n_kv_heads=4)  # the key-value heads allow tp 4
 DENSE = replace(MODEL, n_experts=0, top_k=1)
@@ -152,13 +153,13 @@ def test_what_cannot_be_cut_is_refused() -> None:
     """Each rule names the field, its value, and what it must fit."""
     data, train = DataConfig(train="x"), TrainConfig(seq_len=14, global_batch_size=8, micro_batch_size=1)
     run = RunConfig(train=train, model=MODEL, data=data, parallel=ParallelConfig(tp=4, etp=16))
-    broken = "\n".join(run.violations(16))
+    broken = "\n".join(rules.violations(run, 16))
     assert "parallel.tp: 4 must divide model.n_kv_heads (2)" in broken
     assert "parallel.tp: 4 must divide train.seq_len (14)" in broken
     assert "parallel.etp: 16 must divide model.d_ff (24)" in broken
     run = replace(run, model=replace(DENSE, d_ff=25), parallel=ParallelConfig(tp=2), train=replace(train, global_batch_size=9))
-    broken = "\n".join(run.violations(6))
+    broken = "\n".join(rules.violations(run, 6))
     assert "parallel.tp: 2 must divide model.d_ff (25)" in broken
     assert "model.d_model: 32 must be a multiple of the ranks that shard each part of a matrix (3)" in broken
     run = replace(run, model=replace(MODEL, d_ff=25), parallel=ParallelConfig(ep=2))
-    assert "model.d_model: 32 must be a multiple of the ranks that shard each expert (3)" in "\n".join(run.violations(6))
+    assert "model.d_model: 32 must be a multiple of the ranks that shard each expert (3)" in "\n".join(rules.violations(run, 6))

@@ -14,9 +14,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megagrin.distributed.mesh import ParallelConfig, ParallelMesh
-from megagrin.parallel import cost
+from megagrin.planning import cost
 from megagrin.planning.cost import Workload, sent, step_traffic
-from megagrin.training.trainer import parse_config
+from megagrin.training import rules
+from megagrin.training.run_config import parse_config
 
 # Everything divides by 8, so that no parameter is padded; round-robin routing gives every expert the same number of rows.
 SHAPE = replace(MODEL, vocab_size=64, n_layers=4, d_ff=32, n_kv_heads=4)
@@ -299,5 +300,5 @@ RULES = (  # (ranks, settings, the message)
 def test_documented_rule(ranks: int, settings: str, message: str) -> None:
     """A layout that breaks a rule gets the message that the document lists."""
     run, _ = parse_config(["--data.train=tokens", *(f"--{setting}" for setting in settings.split())])
-    assert message in run.violations(ranks)
+    assert message in rules.violations(run, ranks)
     assert f"`{message}`" in DOCS
