@@ -15,7 +15,8 @@ reaches the expert and its input. Where the two agree, b is left out.
 Shape suffixes: T tokens, R routed rows, K experts per token, D model width, F expert width, E experts.
 """
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, library
@@ -36,51 +37,63 @@ def _swiglu(h_R2F: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return g_RF, u_RF, s_RF, (g_RF * s_RF).mul_(u_RF)
 
 
-def _use_kernels(x: Tensor, down_EDF: Tensor) -> bool:
-    return use_triton(x) and tma_rows(x.dtype, *down_EDF.shape[1:])
+class _Inputs(NamedTuple):
+    """What every operator here is given, in the order of `_SCHEMA`; shapes and dtypes as in `expert_mlp`."""
+
+    x: Tensor
+    gate_up_E2FD: Tensor
+    down_EDF: Tensor
+    v_R: Tensor
+    b_R: Tensor | None
+    counts_E: Tensor
+    source_R: Tensor | None
+    place_TK: Tensor | None
+
+    def cast(self) -> "_Inputs":
+        """With weights in x's dtype, and a backward weight in any case."""
+        weights = self.gate_up_E2FD.to(self.x.dtype), self.down_EDF.to(self.x.dtype)
+        return self._replace(gate_up_E2FD=weights[0], down_EDF=weights[1], b_R=self.v_R if self.b_R is None else self.b_R)
+
+    def use_kernels(self) -> bool:
+        """Whether the Triton kernels take these."""
+        return use_triton(self.x) and tma_rows(self.x.dtype, *self.down_EDF.shape[1:])
+
+    def rows(self) -> Tensor:
+        """(R, D): x sorted by expert."""
+        return self.x if self.source_R is None or self.place_TK is None else gather_rows(self.x, self.source_R, self.place_TK)
 
 
-@library.custom_op("megagrin::expert_mlp", mutates_args=())
-def _expert_mlp(
-    x: Tensor,
-    gate_up_E2FD: Tensor,
-    down_EDF: Tensor,
-    v_R: Tensor,
-    b_R: Tensor | None,
-    counts_E: Tensor,
-    source_R: Tensor | None,
-    place_TK: Tensor | None,
-    save_h: bool,
-) -> tuple[Tensor, Tensor]:
+# The three operators share this one list; their functions take it as *args, which a schema in words allows.
+_SCHEMA = (
+    "Tensor x, Tensor gate_up_E2FD, Tensor down_EDF, Tensor v_R, Tensor? b_R, Tensor counts_E, Tensor? source_R, Tensor? place_TK"
+)
+_BACKWARD_SCHEMA = f"(Tensor dy_RD, Tensor h_R2F, {_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor)"
+
+
+def _operator(name: str, schema: str) -> Callable[[Callable[..., Any]], library.CustomOpDef]:
+    return library.custom_op(f"megagrin::{name}", mutates_args=(), schema=schema)
+
+
+@_operator("expert_mlp", f"({_SCHEMA}, bool save_h) -> (Tensor, Tensor)")
+def _expert_mlp(*args: Any) -> tuple[Tensor, Tensor]:
     """y (R, D) and h (R, 2F), or an h without rows where it is not needed."""
-    gate_up_E2FD, down_EDF = gate_up_E2FD.to(x.dtype), down_EDF.to(x.dtype)
-    if _use_kernels(x, down_EDF):
+    save_h, inputs = args[-1], _Inputs(*args[:-1]).cast()
+    x, gate_up_E2FD, down_EDF, v_R, _, counts_E, source_R, place_TK = inputs
+    if inputs.use_kernels():
         from megagrin.kernels.moe_mlp_triton import run_forward
 
         return run_forward(x, gate_up_E2FD, down_EDF, v_R, counts_E, source_R, place_TK, save_h)
-    h_R2F = m_grouped(_rows(x, source_R, place_TK), gate_up_E2FD, counts_E)
+    h_R2F = m_grouped(inputs.rows(), gate_up_E2FD, counts_E)
     act_RF = _swiglu(h_R2F)[3].mul_(v_R.unsqueeze(1)).to(x.dtype)
     return m_grouped(act_RF, down_EDF, counts_E), h_R2F if save_h else h_R2F.new_empty(0, h_R2F.shape[1])
 
 
 @_expert_mlp.register_fake
-def _(
-    x: Tensor,
-    gate_up_E2FD: Tensor,
-    down_EDF: Tensor,
-    v_R: Tensor,
-    b_R: Tensor | None,
-    counts_E: Tensor,
-    source_R: Tensor | None,
-    place_TK: Tensor | None,
-    save_h: bool,
-) -> tuple[Tensor, Tensor]:
-    rows = v_R.shape[0]
-    return x.new_empty(rows, x.shape[1]), x.new_empty(rows if save_h else 0, gate_up_E2FD.shape[1])
-
-
-def _rows(x: Tensor, source_R: Tensor | None, place_TK: Tensor | None) -> Tensor:
-    return x if source_R is None or place_TK is None else gather_rows(x, source_R, place_TK)
+def _(*args: Any) -> tuple[Tensor, Tensor]:
+    save_h, inputs = args[-1], _Inputs(*args[:-1])
+    rows = inputs.v_R.shape[0]
+    h_R2F = inputs.x.new_empty(rows if save_h else 0, inputs.gate_up_E2FD.shape[1])
+    return inputs.x.new_empty(rows, inputs.x.shape[1]), h_R2F
 
 
 def _down_dgrad(dy_RD: Tensor, h_R2F: Tensor, down_EDF: Tensor, b_R: Tensor, counts_E: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -106,82 +119,40 @@ def _up_dgrad(dh_R2F: Tensor, gate_up_E2FD: Tensor, counts_E: Tensor, source_R: 
     return dx if source_R is None or place_TK is None else gather_sum(dx, source_R, place_TK)
 
 
-@library.custom_op("megagrin::expert_mlp_backward", mutates_args=())
-def _expert_mlp_backward(
-    dy_RD: Tensor,
-    x: Tensor,
-    h_R2F: Tensor,
-    gate_up_E2FD: Tensor,
-    down_EDF: Tensor,
-    v_R: Tensor,
-    b_R: Tensor | None,
-    counts_E: Tensor,
-    source_R: Tensor | None,
-    place_TK: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+@_operator("expert_mlp_backward", _BACKWARD_SCHEMA)
+def _expert_mlp_backward(dy_RD: Tensor, h_R2F: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, gate_up, down and v."""
-    up_dtype, down_dtype = gate_up_E2FD.dtype, down_EDF.dtype
-    gate_up_E2FD, down_EDF = gate_up_E2FD.to(x.dtype), down_EDF.to(x.dtype)
-    b_R = v_R if b_R is None else b_R
-    if _use_kernels(x, down_EDF):
+    given = _Inputs(*args)
+    inputs, dtypes = given.cast(), (given.gate_up_E2FD.dtype, given.down_EDF.dtype)
+    x, gate_up_E2FD, down_EDF, v_R, b_R, counts_E, source_R, place_TK = inputs
+    assert b_R is not None
+    if inputs.use_kernels():
         from megagrin.kernels.moe_mlp_triton import run_backward
 
         weights = (gate_up_E2FD, down_EDF, b_R)
-        dx, d_up, d_down, dv_R = run_backward(dy_RD, x, h_R2F, *weights, counts_E, source_R, place_TK, (up_dtype, down_dtype))
+        dx, d_up, d_down, dv_R = run_backward(dy_RD, x, h_R2F, *weights, counts_E, source_R, place_TK, dtypes)
         return dx, d_up, d_down, dv_R.to(v_R.dtype)
     dy_RD = dy_RD.contiguous()
     dh_R2F, act_RF, dv_R = _down_dgrad(dy_RD, h_R2F, down_EDF, b_R, counts_E)
-    d_down_EDF = k_grouped_wgrad(dy_RD, act_RF, counts_E, down_dtype)
+    d_down_EDF = k_grouped_wgrad(dy_RD, act_RF, counts_E, dtypes[1])
     del act_RF  # before the next large buffers
-    d_gate_up_E2FD = k_grouped_wgrad(dh_R2F, _rows(x, source_R, place_TK), counts_E, up_dtype)
+    d_gate_up_E2FD = k_grouped_wgrad(dh_R2F, inputs.rows(), counts_E, dtypes[0])
     return _up_dgrad(dh_R2F, gate_up_E2FD, counts_E, source_R, place_TK), d_gate_up_E2FD, d_down_EDF, dv_R.to(v_R.dtype)
 
 
 @_expert_mlp_backward.register_fake
-def _(
-    dy_RD: Tensor,
-    x: Tensor,
-    h_R2F: Tensor,
-    gate_up_E2FD: Tensor,
-    down_EDF: Tensor,
-    v_R: Tensor,
-    b_R: Tensor | None,
-    counts_E: Tensor,
-    source_R: Tensor | None,
-    place_TK: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return (
-        x.new_empty(x.shape),
-        gate_up_E2FD.new_empty(gate_up_E2FD.shape),
-        down_EDF.new_empty(down_EDF.shape),
-        v_R.new_empty(v_R.shape),
-    )
+def _(dy_RD: Tensor, h_R2F: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    inputs = _Inputs(*args)
+    return tuple(tensor.new_empty(tensor.shape) for tensor in (inputs.x, inputs.gate_up_E2FD, inputs.down_EDF, inputs.v_R))
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, gate_up_E2FD, down_EDF, v_R, b_R, counts_E, source_R, place_TK, _ = inputs
-    ctx.save_for_backward(x, output[1], gate_up_E2FD, down_EDF, v_R, b_R, counts_E, source_R, place_TK)
-    ctx.set_materialize_grads(False)
-    ctx.for_weights = None
-
-
-@library.custom_op("megagrin::expert_mlp_dgrad", mutates_args=())
-def _expert_mlp_dgrad(
-    dy_RD: Tensor,
-    x: Tensor,
-    h_R2F: Tensor,
-    gate_up_E2FD: Tensor,
-    down_EDF: Tensor,
-    v_R: Tensor,
-    b_R: Tensor | None,
-    counts_E: Tensor,
-    source_R: Tensor | None,
-    place_TK: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+@_operator("expert_mlp_dgrad", _BACKWARD_SCHEMA)
+def _expert_mlp_dgrad(dy_RD: Tensor, h_R2F: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x and v; of h, and the activation weighted by b, from which those of the weights follow."""
-    gate_up_E2FD, down_EDF = gate_up_E2FD.to(x.dtype), down_EDF.to(x.dtype)
-    b_R = v_R if b_R is None else b_R
-    if _use_kernels(x, down_EDF):
+    inputs = _Inputs(*args).cast()
+    x, gate_up_E2FD, down_EDF, v_R, b_R, counts_E, source_R, place_TK = inputs
+    assert b_R is not None
+    if inputs.use_kernels():
         from megagrin.kernels.moe_mlp_triton import run_dgrad
 
         dx, dv_R, dh_R2F, act_RF = run_dgrad(dy_RD, x, h_R2F, gate_up_E2FD, down_EDF, b_R, counts_E, place_TK)
@@ -192,24 +163,16 @@ def _expert_mlp_dgrad(
 
 
 @_expert_mlp_dgrad.register_fake
-def _(
-    dy_RD: Tensor,
-    x: Tensor,
-    h_R2F: Tensor,
-    gate_up_E2FD: Tensor,
-    down_EDF: Tensor,
-    v_R: Tensor,
-    b_R: Tensor | None,
-    counts_E: Tensor,
-    source_R: Tensor | None,
-    place_TK: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return (
-        x.new_empty(x.shape),
-        v_R.new_empty(v_R.shape),
-        h_R2F.new_empty(h_R2F.shape),
-        dy_RD.new_empty(dy_RD.shape[0], down_EDF.shape[2]),
-    )
+def _(dy_RD: Tensor, h_R2F: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    inputs = _Inputs(*args)
+    act_RF = dy_RD.new_empty(dy_RD.shape[0], inputs.down_EDF.shape[2])
+    return *(tensor.new_empty(tensor.shape) for tensor in (inputs.x, inputs.v_R, h_R2F)), act_RF
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(output[1], *inputs[:-1])
+    ctx.set_materialize_grads(False)
+    ctx.for_weights = None
 
 
 def _backward(ctx: Any, dy_RD: Tensor | None, dh: None) -> tuple[Tensor | None, ...]:
@@ -220,16 +183,18 @@ def _backward(ctx: Any, dy_RD: Tensor | None, dh: None) -> tuple[Tensor | None, 
     d_down: Tensor | None = None
     if ctx.for_weights is not None:
         # Not from saved_tensors: unpacking them would recompute a checkpointed layer a second time.
-        dh_R2F, act_RF, x, counts_E, source_R, place_TK, (up_dtype, down_dtype) = ctx.for_weights
+        dh_R2F, act_RF, inputs = ctx.for_weights
         ctx.for_weights = None
-        d_down = k_grouped_wgrad(dy_RD.contiguous(), act_RF, counts_E, down_dtype)
-        d_up = k_grouped_wgrad(dh_R2F, _rows(x, source_R, place_TK), counts_E, up_dtype)
+        d_down = k_grouped_wgrad(dy_RD.contiguous(), act_RF, inputs.counts_E, inputs.down_EDF.dtype)
+        d_up = k_grouped_wgrad(dh_R2F, inputs.rows(), inputs.counts_E, inputs.gate_up_E2FD.dtype)
         return None, d_up, d_down, *(None,) * 6
     saved = ctx.saved_tensors
     if weights_later():
-        x, _, gate_up_E2FD, down_EDF, *_, counts_E, source_R, place_TK = saved
         dx, dv_R, dh_R2F, act_RF = _expert_mlp_dgrad(dy_RD, *saved)
-        ctx.for_weights = (dh_R2F, act_RF, x, counts_E, source_R, place_TK, (gate_up_E2FD.dtype, down_EDF.dtype))
+        inputs = _Inputs(*saved[1:])
+        # Of the weights only the dtypes are needed: what holds them until then would hold gathered ones in memory.
+        empty = inputs.gate_up_E2FD.new_empty(0), inputs.down_EDF.new_empty(0)
+        ctx.for_weights = (dh_R2F, act_RF, inputs._replace(gate_up_E2FD=empty[0], down_EDF=empty[1]))
     else:
         dx, d_up, d_down, dv_R = _expert_mlp_backward(dy_RD, *saved)
     return dx, d_up, d_down, dv_R, None, None, None, None, None

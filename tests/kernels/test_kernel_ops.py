@@ -57,7 +57,7 @@ def op_cases() -> Iterator[tuple[str, Callable, tuple]]:
         yield f"mlp plan={with_plan}", OPS.expert_mlp, arguments
         y, h = OPS.expert_mlp(*(t.detach() if isinstance(t, Tensor) else t for t in arguments))
         rest = (t.detach() if isinstance(t, Tensor) else t for t in arguments[1:-1])
-        backward = (torch.ones_like(y), arguments[0].detach(), h, *rest)
+        backward = (torch.ones_like(y), h, arguments[0].detach(), *rest)
         yield f"mlp backward plan={with_plan}", OPS.expert_mlp_backward, backward
         yield f"mlp dgrad plan={with_plan}", OPS.expert_mlp_dgrad, backward
 
