@@ -3,6 +3,7 @@
 import ast
 import importlib
 import importlib.util
+import re
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -77,6 +78,13 @@ def test_every_module_has_a_floor() -> None:
     assert unplaced == []
     gone = [name for name in FLOORS if name not in MODULES and not any(module.startswith(f"{name}.") for module in MODULES)]
     assert gone == []
+
+
+def test_the_document_shows_these_floors() -> None:
+    """docs/architecture.md has every room on its floor."""
+    rows = re.findall(r"^\| (\d) \| ([^|]+) \|", (ROOT / "docs" / "architecture.md").read_text(), re.MULTILINE)
+    shown = {name: int(floor) for floor, names in rows for name in re.findall(r"`(\w+)(?:/|\.py)`", names)}
+    assert shown == {name.partition(".")[2]: floor for name, floor in FLOORS.items() if name != "megagrin"}
 
 
 @pytest.mark.parametrize("module", sorted(MODULES))
