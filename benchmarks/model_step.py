@@ -1,7 +1,7 @@
 """Time, TFLOP/s and MFU of training steps at full width: some layers of a preset, learned and forced-balanced routing.
 
 A step is forward, backward, clipping and fused AdamW through the engine that `megagrin train` uses. FLOPs are the model's (see
-megagrin/flops.py): with few layers the head weighs more than in the whole model.
+megagrin/planning/flops.py): with few layers the head weighs more than in the whole model.
 
     python benchmarks/model_step.py [--preset grin_16x3_8b] [--layers 2] [--sequences 2] [--smoke]
 """
