@@ -78,6 +78,17 @@ def measure(engine: NativeEngine, model: ModelConfig, options: argparse.Namespac
     }
 
 
+def profile(engine: NativeEngine, model: ModelConfig, options: argparse.Namespace) -> str:
+    """Operators of one step by their own time on the device (on the CPU without one), as a table."""
+    tokens = batch(model, options.sequences, options.seq_len)
+    cuda = engine.device.type == "cuda"
+    activities = [torch.profiler.ProfilerActivity.CPU, *([torch.profiler.ProfilerActivity.CUDA] if cuda else [])]
+    with torch.profiler.profile(activities=activities) as profiler:
+        engine.train_step([tokens], options.warmup + options.steps, 1e-4)
+    key = "self_device_time_total" if cuda else "self_cpu_time_total"
+    return profiler.key_averages().table(sort_by=key, row_limit=40, max_name_column_width=70)
+
+
 def parse(argv: list[str]) -> argparse.Namespace:
     """Options of the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -88,6 +99,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("runs/model_step"), help="folder for model_step.json")
+    parser.add_argument("--profile", action="store_true", help="also write model_profile.txt: one step by operator")
     parser.add_argument("--smoke", action="store_true", help="grin_tiny in fp32 on the CPU")
     options = parser.parse_args(argv)
     if options.smoke:
@@ -130,6 +142,8 @@ def main(argv: list[str]) -> int:
             if runtime.device.type == "cuda":
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats(runtime.device)
+        if options.profile:
+            (options.out / "model_profile.txt").write_text(profile(engine, model, options) + "\n")
     return 0
 
 

@@ -32,8 +32,6 @@ from megagrin.kernels.permute import permute, sort_by_expert
 from megagrin.moe.dispatch import LocalDispatch
 from megagrin.moe.router import Draws, Router, RouterConfig, Routing
 
-TERABYTES_PER_SECOND = 4.3  # device-to-device copy on an H200, bytes read and written
-
 
 class Dense:
     """cuBLAS products of the layer's FLOPs: every row through one expert."""
@@ -137,7 +135,9 @@ def take_part(problem: Problem, dtype: torch.dtype) -> tuple[dict[str, Layer], d
     return layers, refused
 
 
-def measure(shape: MoEShape, routing: str, options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+def measure(
+    shape: MoEShape, routing: str, options: argparse.Namespace, device: torch.device, terabytes_per_second: float
+) -> dict[str, Any]:
     """Everything about one shape and routing."""
     dtype = torch.float32 if options.smoke else torch.bfloat16
     print(f"{shape.name}, {routing} routing", flush=True)
@@ -165,7 +165,7 @@ def measure(shape: MoEShape, routing: str, options: argparse.Namespace, device: 
     overhead_s = {name: seconds["around", name] for name in around}
     dense_rate = tflops(shape.forward_flops + shape.backward_flops, dense_s["total"])
     m_tiles, k_steps = (tiles(problem.counts, step) for step in (TILE_ROWS, WGRAD_STEP))
-    bounds = roofline(shape, m_tiles, k_steps, dense_tflops=dense_rate, terabytes_per_second=TERABYTES_PER_SECOND)
+    bounds = roofline(shape, m_tiles, k_steps, dense_tflops=dense_rate, terabytes_per_second=terabytes_per_second)
     return {
         "shape": dataclasses.asdict(shape),
         "routing": routing,
@@ -192,6 +192,14 @@ def dense_square(device: torch.device, size: int) -> float:
     a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
     seconds = interleaved({"mm": lambda _: torch.mm(a, b)}, device, rounds=5, pause_s=0.05)["mm"]
     return tflops(2.0 * size**3, seconds)
+
+
+def copy_rate(device: torch.device, size: int) -> float:
+    """TB/s of a copy of `size` bytes inside the device, bytes read and written."""
+    source = torch.randint(256, (size,), device=device, dtype=torch.uint8)
+    target = torch.empty_like(source)
+    seconds = interleaved({"copy": lambda _: target.copy_(source)}, device, rounds=5, pause_s=0.05)["copy"]
+    return 2.0 * size / seconds / 1e12
 
 
 def write(record: dict[str, Any], folder: Path) -> None:
@@ -233,6 +241,7 @@ def main(argv: list[str]) -> int:
         "rounds": options.rounds,
         "note": "weight gradients in the weights' dtype; peers that are absent or differ are named with the reason",
         "dense_square_tflops": dense_square(device, 256 if options.smoke else 8192),
+        "copy_terabytes_per_second": copy_rate(device, 1 << (20 if options.smoke else 32)),
         "cases": [],
     }
     for routing in ROUTINGS:
@@ -240,7 +249,7 @@ def main(argv: list[str]) -> int:
             if time.monotonic() - start > options.seconds:
                 print(f"{shape.name}, {routing}: out of time, not measured", flush=True)
                 continue
-            record["cases"].append(measure(shape, routing, options, device))
+            record["cases"].append(measure(shape, routing, options, device, record["copy_terabytes_per_second"]))
             record["goals"] = goals(record, SMOKE_SHAPES if options.smoke else SHAPES)
             write(record, options.out)
             if device.type == "cuda":

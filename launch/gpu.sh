@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in at most 9 minutes, on a machine with torch, Triton, numpy, pytest and a C compiler, without a network.
+# Everything that needs a GPU, in at most 11 minutes, on a machine with torch, Triton, numpy, pytest and a C compiler, without a network.
 # A stage that fails or runs out of its time does not stop the next one.
 #
 #   make gpu                      into runs/gpu
+#   make gpu HALF=first           5 minutes: is it right, and how fast with the fallback blocks; after it every goal has a number
+#   make gpu HALF=second          6 minutes: tuned blocks, the same measurements with them, sanitizer, profile of a step
 #   make gpu OUT=/some/folder
 #   MEGAGRIN_GPU_DRY=1 make gpu   walks all stages on the CPU with tiny shapes: tests this script, measures nothing
 set -euo pipefail
@@ -12,6 +14,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 find_python "$PWD"
 OUT=${OUT:-runs/gpu}
 DRY=${MEGAGRIN_GPU_DRY:-0}
+HALF=${HALF:-both}
+case $HALF in first | second | both) ;; *) fail "HALF: '$HALF' must be first, second or both" ;; esac
 [[ $DRY == 0 || $DRY == 1 ]] || fail "MEGAGRIN_GPU_DRY: '$DRY' must be 0 or 1"
 if [[ $DRY == 0 ]] && ! "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
   fail "make gpu: torch sees no GPU here; MEGAGRIN_GPU_DRY=1 walks the stages on the CPU"
@@ -59,24 +63,45 @@ cat "$OUT/environment.txt"
 SHAPES=(--shape 32768x4096x6400x16x2 --shape 8192x4096x6400x16x2 --shape 32768x2048x768x128x8 --shape 32768x4096x2048x64x4)
 # Not tests/conftest.py: it needs packages that are not there.
 SANITIZER=("$PYTHON" -m pytest -m gpu --confcutdir=tests/gpu -p no:cacheprovider -rs tests/gpu/sanitizer)
-if [[ $DRY == 1 ]]; then
-  export MEGAGRIN_GPU_DRY CUDA_VISIBLE_DEVICES=''
-  stage 120 tests "$PYTHON" tests/gpu/run.py --limit 110 --junit "$OUT/junit.xml"
-  # shellcheck disable=SC2016  # the inner shell's arguments
-  stage 60 tune bash -c '"$@"; (($? == 2))' bash "$PYTHON" -m megagrin.cli kernels tune "${SHAPES[@]}"  # refused, in one line
-  stage 120 benchmark "$PYTHON" benchmarks/moe_layer.py --smoke --rounds 1 --pause 0 --out "$OUT"
-  stage 120 model "$PYTHON" benchmarks/model_step.py --smoke --out "$OUT"
-  stage 60 sanitizer "${SANITIZER[@]}"
-  stage 120 training "$PYTHON" benchmarks/tiny_training.py --device cpu --steps 6
-else
-  # 520 s together. What later stages build on comes first: is it right, then which blocks, then how fast.
+first() {
   stage 100 tests "$PYTHON" tests/gpu/run.py --limit 95 --junit "$OUT/junit.xml"
+  stage 130 benchmark "$PYTHON" benchmarks/moe_layer.py --seconds 85 --out "$OUT"
+  stage 60 model "$PYTHON" benchmarks/model_step.py --out "$OUT"
+  stage 40 training "$PYTHON" benchmarks/tiny_training.py --device cuda --steps 60 --compile
+}
+
+second() {
   stage 100 tune "$PYTHON" -m megagrin.cli kernels tune "${SHAPES[@]}" --seconds 80 --out "$OUT"
   export MEGAGRIN_TUNED=$OUT
-  stage 130 benchmark "$PYTHON" benchmarks/moe_layer.py --seconds 105 --out "$OUT"
-  stage 70 model "$PYTHON" benchmarks/model_step.py --out "$OUT"
+  mkdir -p "$OUT/tuned"
+  stage 130 tuned "$PYTHON" benchmarks/moe_layer.py --seconds 85 --out "$OUT/tuned"
+  stage 70 profile "$PYTHON" benchmarks/model_step.py --profile --out "$OUT/tuned"
   stage 60 sanitizer "${SANITIZER[@]}"
-  stage 60 training "$PYTHON" benchmarks/tiny_training.py --device cuda --steps 60 --compile
+}
+
+dry_first() {
+  stage 120 tests "$PYTHON" tests/gpu/run.py --limit 110 --junit "$OUT/junit.xml"
+  stage 120 benchmark "$PYTHON" benchmarks/moe_layer.py --smoke --rounds 1 --pause 0 --out "$OUT"
+  stage 120 model "$PYTHON" benchmarks/model_step.py --smoke --out "$OUT"
+  stage 120 training "$PYTHON" benchmarks/tiny_training.py --device cpu --steps 6
+}
+
+dry_second() {
+  # shellcheck disable=SC2016  # the inner shell's arguments
+  stage 60 tune bash -c '"$@"; (($? == 2))' bash "$PYTHON" -m megagrin.cli kernels tune "${SHAPES[@]}"  # refused, in one line
+  mkdir -p "$OUT/tuned"
+  stage 120 tuned "$PYTHON" benchmarks/moe_layer.py --smoke --rounds 1 --pause 0 --out "$OUT/tuned"
+  stage 120 profile "$PYTHON" benchmarks/model_step.py --smoke --profile --out "$OUT/tuned"
+  stage 60 sanitizer "${SANITIZER[@]}"
+}
+
+if [[ $DRY == 1 ]]; then
+  export MEGAGRIN_GPU_DRY CUDA_VISIBLE_DEVICES=''
+  [[ $HALF == second ]] || dry_first
+  [[ $HALF == first ]] || dry_second
+else
+  [[ $HALF == second ]] || first
+  [[ $HALF == first ]] || second
 fi
 
 printf '\n== summary (%d s, in %s)\n' "$SECONDS" "$OUT"

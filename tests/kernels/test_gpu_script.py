@@ -14,7 +14,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-STAGES = ["tests", "tune", "benchmark", "model", "sanitizer", "training"]
+STAGES = ["tests", "benchmark", "model", "training", "tune", "tuned", "profile", "sanitizer"]
 # What a machine for `make gpu` has, beside what these bring.
 BARE = {"torch", "triton", "numpy", "pytest"}
 # Installed here, not there: sitecustomize of the dry run hides them.
@@ -76,7 +76,16 @@ def test_a_dry_run_walks_all_stages(tmp_path: Path, tmp_path_factory: pytest.Tem
     summary = [line.split() for line in (tmp_path / "summary.txt").read_text().splitlines()]
     assert [(words[0], words[3]) for words in summary] == [(stage, "ok") for stage in STAGES]
     written = {path.name for path in tmp_path.iterdir()}
-    expected = {"environment.txt", "log.txt", "summary.txt", "junit.xml", "moe_layer.json", "moe_layer.md", "model_step.json"}
+    expected = {
+        "environment.txt",
+        "log.txt",
+        "summary.txt",
+        "junit.xml",
+        "moe_layer.json",
+        "moe_layer.md",
+        "model_step.json",
+        "tuned",
+    }
     assert written == expected
     log = (tmp_path / "log.txt").read_text()
     assert [line.split()[1] for line in log.splitlines() if line.startswith("== ")] == STAGES
@@ -110,7 +119,11 @@ def _foreign_imports(path: Path, seen: set[Path]) -> Iterator[str]:
 
 
 def test_a_bare_machine_has_all_that_is_imported() -> None:
-    entries = [ROOT / "megagrin" / "planning" / "kernel_tuning.py", ROOT / "megagrin" / "cli.py", *(ROOT / "tests" / "gpu").rglob("*.py")]
+    entries = [
+        ROOT / "megagrin" / "planning" / "kernel_tuning.py",
+        ROOT / "megagrin" / "cli.py",
+        *(ROOT / "tests" / "gpu").rglob("*.py"),
+    ]
     entries += [ROOT / "benchmarks" / name for name in ("moe_layer.py", "model_step.py", "tiny_training.py")]
     beside = {path.stem for folder in ("tests/gpu", "benchmarks") for path in (ROOT / folder).glob("*.py")}
     seen: set[Path] = set()
