@@ -8,6 +8,7 @@ megagrin/planning/flops.py): with few layers the head weighs more than in the wh
 
 import argparse
 import dataclasses
+import faulthandler
 import json
 import statistics
 import sys
@@ -128,6 +129,7 @@ def main(argv: list[str]) -> int:
         "results": [],
     }
     options.out.mkdir(parents=True, exist_ok=True)
+    faulthandler.dump_traceback_later(45, repeat=True)  # a stage that runs out of its time leaves where it was
     with session(RuntimeConfig(device="cpu" if options.smoke else "cuda")) as runtime:
         engine = build_engine(model, runtime.device, "fp32" if options.smoke else "bf16")
         for forced_balance in (False, True):

@@ -6,6 +6,7 @@ Ends with status 1 where the loss has not fallen.
 """
 
 import argparse
+import faulthandler
 import sys
 
 import torch
@@ -26,6 +27,7 @@ def main(argv: list[str]) -> int:
         print("tiny_training: torch sees no CUDA device; --device cpu", file=sys.stderr)
         return 2
     cuda = options.device == "cuda"
+    faulthandler.dump_traceback_later(30, repeat=True)  # a stage that runs out of its time leaves where it was
     tokens = batch(GRIN_TINY, 4 if cuda else 1, 256 if cuda else 64)
     with session(RuntimeConfig(device=options.device)) as runtime:
         engine = build_engine(GRIN_TINY, runtime.device, "bf16" if cuda else "fp32", compiled=options.compile)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from megagrin.kernels import backend
 from megagrin.kernels.grouped_gemm_triton import (
+    INTERPRET,
     Schedule,
     build_schedule,
     dense,
@@ -67,6 +68,7 @@ def up_swiglu_kernel(
     n_m = tl.load(tiles_ptr)
     n_n = tl.cdiv(N, BN)
     steps = tl.cdiv(K, BK)
+    tl.assume(steps > 0)  # as in m_grouped_kernel
     for tile in tl.range(tl.program_id(0), n_m * n_n, PROGRAMS, flatten=True):
         m, n = tile_position(tile, n_m, n_n, GROUP_M)
         expert = tl.load(expert_ptr + m)
@@ -91,6 +93,14 @@ def up_swiglu_kernel(
 
 
 @triton.jit
+def _like(x, y):
+    """fp32 x in the layout of y. Two users of x in two layouts would else make the compiler compute all of x twice."""
+    if not INTERPRET:  # which has no inline assembly, and no layouts
+        x = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=f,f,f", [x, y], dtype=tl.float32, is_pure=True, pack=1)
+    return x
+
+
+@triton.jit
 def _dswiglu_slices(
     h_desc, dh_desc, act_desc, begin, size, row, col, dact, b, BM: tl.constexpr, C: tl.constexpr, SLICES: tl.constexpr
 ):
@@ -102,7 +112,7 @@ def _dswiglu_slices(
         silu = gate * s
         act = silu * up
         dv = tl.sum(dact * act, 1)
-        store_rows(act_desc, begin, size, row, col, act * b[:, None], BM, C)
+        store_rows(act_desc, begin, size, row, col, _like(act * b[:, None], dact), BM, C)
         dact = dact * b[:, None]
         # silu'(g) = s·(1 + g·(1 − s)) = s + silu·(1 − s)
         dgate = dact * up * (s + silu * (1 - s))
@@ -125,6 +135,7 @@ def down_dgrad_kernel(
     n_m = tl.load(tiles_ptr)
     n_n = tl.cdiv(N, BN)
     steps = tl.cdiv(K, BK)
+    tl.assume(steps > 0)  # as in m_grouped_kernel
     for tile in tl.range(tl.program_id(0), n_m * n_n, PROGRAMS, flatten=True):
         m, n = tile_position(tile, n_m, n_n, GROUP_M)
         expert = tl.load(expert_ptr + m)

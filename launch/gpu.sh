@@ -66,8 +66,8 @@ SANITIZER=("$PYTHON" -m pytest -m gpu --confcutdir=tests/gpu -p no:cacheprovider
 first() {
   stage 100 tests "$PYTHON" tests/gpu/run.py --limit 95 --junit "$OUT/junit.xml"
   stage 130 benchmark "$PYTHON" benchmarks/moe_layer.py --seconds 85 --out "$OUT"
-  stage 60 model "$PYTHON" benchmarks/model_step.py --out "$OUT"
-  stage 40 training "$PYTHON" benchmarks/tiny_training.py --device cuda --steps 60 --compile
+  stage 120 model "$PYTHON" benchmarks/model_step.py --out "$OUT"
+  stage 100 training "$PYTHON" benchmarks/tiny_training.py --device cuda --steps 60 --compile
 }
 
 second() {
@@ -75,7 +75,7 @@ second() {
   export MEGAGRIN_TUNED=$OUT
   mkdir -p "$OUT/tuned"
   stage 130 tuned "$PYTHON" benchmarks/moe_layer.py --seconds 85 --out "$OUT/tuned"
-  stage 70 profile "$PYTHON" benchmarks/model_step.py --profile --out "$OUT/tuned"
+  stage 120 profile "$PYTHON" benchmarks/model_step.py --profile --out "$OUT/tuned"
   stage 60 sanitizer "${SANITIZER[@]}"
 }
 

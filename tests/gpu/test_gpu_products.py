@@ -61,14 +61,16 @@ def test_grouped_products(counts: list[int], widths: tuple[int, int], dtype: tor
     kept = addressable(dtype, n, k)
     assert wide.dtype == torch.float32
     if kept:
-        assert_close(wide, exact, "wgrad in fp32")
+        # Tensor cores cut off what falls below the sum's last bit, 2^-24, in each of rows / 16 additions.
+        slack = max(1.0, rows / 16 * 2.0**-24 / FP32_ERROR)
+        assert_close(wide, exact, "wgrad in fp32", slack)
     else:
         assert relative(wide, exact) < 5e-3
     start = torch.randn_like(wide)
     into = start.clone()
     k_grouped_wgrad(dy, x, counts_E, accumulate_into=into)
     if kept:
-        assert_close(into, exact + start.double(), "wgrad added")
+        assert_close(into, exact + start.double(), "wgrad added", slack)
     else:
         assert relative(into, exact + start.double()) < 5e-3
     for expert, count in enumerate(counts):
