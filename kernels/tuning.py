@@ -69,7 +69,7 @@ _SIXTEEN_BIT: dict[int, dict[str, BlockConfig]] = {
         "m_grouped": BlockConfig(128, 256, 64, 8, 4),
         "m_grouped_dgrad": BlockConfig(128, 256, 64, 8, 4),
         "up_swiglu": BlockConfig(128, 256, 64, 8, 4, slices=4),
-        "down_dgrad": BlockConfig(128, 128, 64, 8, 4, slices=4),
+        "down_dgrad": BlockConfig(128, 256, 64, 8, 3, slices=4),
         "wgrad": BlockConfig(128, 256, 64, 8, 4),
         "wgrad_fp32": BlockConfig(128, 256, 64, 8, 3),
     },

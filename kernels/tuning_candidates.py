@@ -27,7 +27,7 @@ CANDIDATES: dict[int, dict[Op, tuple[BlockConfig, ...]]] = {
             BlockConfig(128, 128, 64, 8, 4, group_m=16, slices=4),
             BlockConfig(128, 128, 64, 8, 3, slices=4),
             BlockConfig(64, 128, 64, 4, 4, slices=4),
-            BlockConfig(128, 256, 64, 8, 3, slices=4),
+            BlockConfig(128, 128, 64, 8, 4, slices=4),
         ),
         "wgrad": (
             BlockConfig(128, 256, 64, 8, 3, slices=1),
