@@ -50,7 +50,7 @@ format: setup  ## rewrite files in the project's format
 types: setup  ## mypy
 	@$(BIN)/mypy
 
-gpu:  ## everything that needs a GPU, in 11 minutes or two HALFs (first, second), into OUT (default runs/gpu); installs nothing
+gpu:  ## everything that needs a GPU, in 10 minutes or two HALFs (first, second), into OUT (default runs/gpu); installs nothing
 	@launch/gpu.sh
 
 bench: setup  ## CPU benchmark against transformers

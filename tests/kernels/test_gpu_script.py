@@ -169,8 +169,11 @@ def test_a_failing_stage_does_not_stop_the_next(tmp_path: Path) -> None:
     assert all(line.endswith("ok") for name, line in summary.items() if name != "benchmark")
 
 
-def test_limits_of_all_stages_together_stay_under_nine_minutes() -> None:
-    lines = (ROOT / "launch" / "gpu.sh").read_text().split("\nelse\n")[1].splitlines()
-    limits = [int(line.split()[1]) for line in lines if line.strip().startswith("stage ")]
-    assert len(limits) == len(STAGES)
-    assert sum(limits) <= 9 * 60 - 15  # the environment, and the first import of torch
+def test_limits_of_each_half_together_stay_under_nine_minutes() -> None:
+    """Each half is one command on a machine whose commands end after ten."""
+    script = (ROOT / "launch" / "gpu.sh").read_text()
+    halves = [script.split(f"\n{name}() {{\n")[1].split("\n}\n")[0] for name in ("first", "second")]
+    limits = [[int(line.split()[1]) for line in half.splitlines() if line.strip().startswith("stage ")] for half in halves]
+    assert sum(map(len, limits)) == len(STAGES)
+    for half in limits:
+        assert sum(half) <= 9 * 60 - 15  # the environment, and the first import of torch
