@@ -4,10 +4,10 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+from megagrin.data_prep.files import open_new, temporary_path
 
 _HASH_CHUNK = 1 << 22
 
@@ -60,10 +60,9 @@ def sidecar_path(prefix: str | Path) -> Path:
 def write_sidecar(prefix: str | Path, sidecar: Sidecar) -> None:
     """Writes `<prefix>.json` by way of a temporary name, so that it is whole or absent."""
     path = sidecar_path(prefix)
-    temporary = Path(f"{path}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(dataclasses.asdict(sidecar), file, indent=2)
-        file.write("\n")
+    temporary = temporary_path(path)
+    with open_new(temporary) as file:
+        file.write(f"{json.dumps(dataclasses.asdict(sidecar), indent=2)}\n".encode())
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
@@ -92,6 +91,42 @@ def read_sidecar(prefix: str | Path) -> Sidecar | None:
     return Sidecar(**raw)
 
 
+def refuse_foreign(prefix: str | Path) -> None:
+    """Refuses to take the place of a `<prefix>.json` that is somebody's own file.
+
+    Raises:
+        ValueError: it exists and is no sidecar.
+    """
+    path = sidecar_path(prefix)
+    try:
+        read_sidecar(prefix)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{path} exists and is not the sidecar of token files, which would take its place") from error
+
+
+@dataclass(frozen=True)
+class Framing:
+    """What stands around the tokens of each document that has text.
+
+    Args:
+        bos: each document starts with the tokenizer's bos id.
+        eos: each document ends with the tokenizer's eos id.
+    """
+
+    bos: bool = False
+    eos: bool = True
+
+
+def read_framing(prefix: str | Path) -> Framing:
+    """How the documents of a pair of token files are framed; without a sidecar as Megatron's own preprocessing does it.
+
+    Raises:
+        ValueError: as `read_sidecar`.
+    """
+    sidecar = read_sidecar(prefix)
+    return Framing() if sidecar is None else Framing(sidecar.append_bos, sidecar.append_eos)
+
+
 def file_sha256(path: str | Path) -> str:
     """Hexadecimal SHA-256 of a file's bytes, read in pieces."""
     digest = hashlib.sha256()
@@ -99,18 +134,3 @@ def file_sha256(path: str | Path) -> str:
         while piece := file.read(_HASH_CHUNK):
             digest.update(piece)
     return digest.hexdigest()
-
-
-@contextmanager
-def named(setting: str) -> Iterator[None]:
-    """Puts the setting that named a file in front of what is wrong with the file.
-
-    Raises:
-        ValueError: instead of a ValueError or OSError of the block.
-    """
-    try:
-        yield
-    except OSError as error:
-        raise ValueError(f"{setting}: {error.filename}: {error.strerror}" if error.filename else f"{setting}: {error}") from error
-    except ValueError as error:
-        raise ValueError(f"{setting}: {error}") from error

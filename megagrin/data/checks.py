@@ -5,7 +5,8 @@ from pathlib import Path
 
 from megagrin.data.loader import DataConfig
 from megagrin.data.packing import label_violations
-from megagrin.data_prep.indexed import IndexedDataset, Outline, id_range, read_outline
+from megagrin.data_prep.indexed import IndexedDataset
+from megagrin.data_prep.layout import Outline, id_range, read_outline
 from megagrin.data_prep.sidecar import file_sha256, sidecar_path
 
 # Without a sidecar only the tokens tell whether they fit the vocabulary. A start reads them all; this many take a second.

@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from megagrin.data.packing import PackedDataset, Sample, label_violations
+from megagrin.data_prep.files import named
 from megagrin.data_prep.indexed import IndexedDataset
-from megagrin.data_prep.sidecar import named
 from megagrin.data_prep.verify import check_tokenizer
 from megagrin.kernels.cross_entropy import IGNORE
 

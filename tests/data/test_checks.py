@@ -10,7 +10,8 @@ import pytest
 from megagrin.data.checks import file_violations
 from megagrin.data.loader import DataConfig
 from megagrin.data_prep import indexed
-from megagrin.data_prep.indexed import IndexedDataset, IndexedDatasetWriter, read_outline
+from megagrin.data_prep.indexed import IndexedDataset, IndexedDatasetWriter
+from megagrin.data_prep.layout import read_outline
 from megagrin.data_prep.sidecar import Provenance, file_sha256
 
 VOCAB = 100
@@ -75,7 +76,7 @@ def test_every_violation_is_named(good: str, tmp_path: Path) -> None:
         ({"train": empty}, [f"data.train: {empty}: no token in 2 documents"]),
         ({"train": good, "seq_len": 71}, [f"data.train: {good}: 71 tokens are too few for one sample of train.seq_len + 1 = 72"]),
         ({"train": good, "valid": good, "seq_len": 71}, ["data.train: ", "data.valid: "]),
-        ({"valid": good, "eval_samples": 9}, ["train.eval_samples: 9 exceeds the 8 samples of train.seq_len=8 tokens in data.valid"]),
+        ({"valid": good, "eval_samples": 9}, ["train.eval_samples: 9 exceeds the 8 samples of train.seq_len=8 tokens in da"]),
         ({"train": good, "vocab_size": 99}, [f"data.train: {good}: its tokenizer has vocab_size=100, the model only model.voc"]),
         ({"train": bare, "vocab_size": 50}, [f"data.train: {bare}.bin: token id 59 lies outside the model's vocabulary"]),
         ({"train": single, "valid": late, "document_attention": True}, [
@@ -98,7 +99,7 @@ def test_damage_is_seen_without_reading_the_files(good: str, monkeypatch: pytest
         raise AssertionError("a whole file was read")
 
     monkeypatch.setattr(indexed, "file_sha256", read_whole)
-    monkeypatch.setattr(indexed, "_read_index", read_whole)
+    monkeypatch.setattr(indexed, "read_index", read_whole)
     assert violations(train=good, valid=good, document_attention=False) == []
     assert violations(train=good, document_attention=True) == []
     with Path(f"{good}.bin").open("ab") as file:

@@ -17,7 +17,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megagrin.data_prep.indexed import IndexedDataset, IndexedDatasetWriter, merge, token_dtype
+from megagrin.data_prep.indexed import IndexedDataset, IndexedDatasetWriter, merge
+from megagrin.data_prep.layout import token_dtype
 from megagrin.data_prep.sidecar import Provenance, file_sha256, read_sidecar
 from megagrin.data_prep.verify import verify
 
