@@ -29,6 +29,8 @@ from megagrin.data_prep.files import (
 from megagrin.data_prep.sidecar import file_sha256
 
 _MAX_THREADS = 1024
+_FEWEST_PIECES = 261  # unk, bos, eos, newline, tab and 256 bytes
+_MOST_PIECES = 1 << 24  # the trainer works for minutes before it says that it has no text for more
 UNK_ID, BOS_ID, EOS_ID = 0, 1, 2
 # SentencePiece stores a space as this character, so in text it would come back as a space.
 _SPACE_SYMBOL = "\u2581"
@@ -67,7 +69,7 @@ class TokenizerConfig:
     def __post_init__(self) -> None:
         # SentencePiece's own limits, which it answers by file and line of its source.
         for name, low, high in (
-            ("vocab_size", 1, 2**31 - 1),
+            ("vocab_size", _FEWEST_PIECES, _MOST_PIECES),
             ("character_coverage", 0.98, 1),
             ("input_sentence_size", 0, 2**63 - 1),
             ("num_threads", 0, _MAX_THREADS),

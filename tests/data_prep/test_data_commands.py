@@ -45,21 +45,6 @@ def test_skipped_documents_are_reported(tmp_path: Path, tokenizer_path: Path, ca
     assert "a.jsonl:2: malformed JSON" in captured.err
 
 
-@pytest.mark.parametrize("argv", [
-    ["tokenize", "a.jsonl", "--tokenizer", "t", "--ouput", "x"],
-    ["tokenize", "a.jsonl", "--tokenizer", "t", "--output", "x", "--worker", "2"],  # no abbreviations
-    ["tokenize", "a.jsonl", "--tokenizer", "t", "--output", "x", "--workers", "two"],
-    ["tokenise", "a.jsonl"],
-    ["verify"],
-    [],
-])  # fmt: skip
-def test_wrong_options_end_with_usage(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as ended:
-        main(argv)
-    assert ended.value.code == 2
-    assert "usage: megagrin data" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize("command", ["train-tokenizer", "tokenize", "verify", "inspect", "merge"])
 def test_help_describes_every_option(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:

@@ -19,7 +19,7 @@ FILES: dict[str, bytes] = {
     "good.jsonl": GOOD,
     "corpus.json": GOOD,
     "web_train.json": GOOD,
-    "web_valid.json": GOOD,
+    "v_valid.json": GOOD,
     "run.json": b'{"learning_rate": 1e-3}\n',
     "list.json": b"[1, 2]\n",
     "sub/note.txt": b"precious\n",
@@ -91,7 +91,7 @@ def change(base: list[str], **options: str | None) -> list[str]:
             pairs[name] = value if equals else next(arguments)
         elif given is None and argument not in kept[1:]:
             kept.append(argument)
-    pairs.update({name: value for name, value in options.items()})  # type: ignore[misc]
+    pairs.update(options)  # type: ignore[arg-type]
     return kept + [f"--{name}={value}" for name, value in pairs.items() if value is not None]
 
 
@@ -152,12 +152,12 @@ for option, kind, values in (
     for value in values:
         add(f"tokenize: {option}={value}", change(TOKENIZE, **{option: value}), f"{option}: '{value}' is not {kind}")
 for option, rule, values in (
-    ("vocab_size", "must lie in [1, 2147483647]", ("0", "-1", "99999999999999999999")),
+    ("vocab_size", "must lie in [261, 16777216]", ("1", "200", "0", "-1", "2147483647", "99999999999999999999")),
     ("num_threads", "must lie in [0, 1024]", ("-1", "100000")),
     ("input_sentence_size", "must lie in [0, 9223372036854775807]", ("-1", "99999999999999999999")),
     ("character_coverage", "must lie in [0.98, 1]", ("0.0", "1.5", "-1.0", "0.5")),
-    ("vocab_size", "is too large for this corpus", ("5000", "2147483647")),
-    ("vocab_size", "is too small", ("1", "200")),
+    ("vocab_size", "is too large for this corpus", ("5000",)),
+    ("vocab_size", "is too small", ("261",)),
 ):
     for value in values:
         add(f"train: {option}={value}", change(TRAIN, **{option: value}), f"{option}: {value} {rule}")
@@ -298,7 +298,7 @@ IS_INPUT = "is the input {d}/"
 add("tokenize: own corpus", [*change(TOKENIZE, inputs="{d}/corpus.json", output="{d}/corpus"), OVER], "corpus.json " + IS_INPUT)
 add("tokenize: own corpus, plain", change(TOKENIZE, inputs="{d}/corpus.json", output="{d}/corpus"), "corpus.json " + IS_INPUT)
 add("tokenize: own train", change(SPLIT, inputs="{d}/web_train.json"), "output: {d}/web_train.json " + IS_INPUT)
-add("tokenize: own valid", change(SPLIT, inputs="{d}/web_valid.json"), "output: {d}/web_valid.json " + IS_INPUT)
+add("tokenize: own valid", change(SPLIT, inputs="{d}/v_valid.json", output="{d}/v"), "output: {d}/v_valid.json " + IS_INPUT)
 add("tokenize: foreign train", SPLIT, "output: {d}/web_train.json exists and is not the sidecar")
 add("tokenize: own link", [*change(TOKENIZE, output="{d}/linked"), OVER], "output: {d}/linked.json " + IS_INPUT + "good.jsonl")
 add("tokenize: own tokenizer", [*change(TOKENIZE, output="{d}/model"), OVER], "output: {d}/model.bin " + IS_INPUT + "t.model")
