@@ -107,6 +107,23 @@ def test_merge_keeps_existing_files(copy: Path, token_file: str) -> None:
     assert copy.with_suffix(".bin").read_bytes() == 2 * before
 
 
+def test_merge_replaces_the_pair_it_made_itself(copy: Path, token_file: str, tmp_path: Path) -> None:
+    """Two parts that are one file are no reason to refuse, nor is a part that the output only shares its folder with."""
+    main(["merge", token_file, str(copy), "--output", str(tmp_path / "m")])
+    main(["merge", token_file, str(copy), "--output", str(tmp_path / "m"), "--overwrite=true"])
+    assert IndexedDataset(tmp_path / "m").documents == 2 * IndexedDataset(copy).documents
+
+
+def test_names_with_markup_and_line_ends_are_shown(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    strange = copy.with_name("[") / "red]\nx"
+    strange.parent.mkdir()
+    for suffix in ("bin", "idx", "json"):
+        shutil.copy(f"{copy}.{suffix}", f"{strange}.{suffix}")
+    assert main(["inspect", str(strange)]) == 0
+    assert main(["verify", str(strange)]) == 0
+    assert capsys.readouterr().out.count("[/red]\\nx") == 2
+
+
 def test_an_error_is_one_line_and_exit_code_2(tmp_path: Path, tokenizer_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n{"text"}\n')
     command = [sys.executable, "-m", "megagrin.cli", "data", "tokenize", str(tmp_path / "a.jsonl"), "--workers=2"]

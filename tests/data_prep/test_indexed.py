@@ -99,6 +99,27 @@ def test_sidecar(tmp_path: Path) -> None:
     assert sidecar.idx_sha256 == file_sha256(f"{prefix}.idx")
 
 
+def test_a_sidecar_that_is_not_ours_is_kept(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text('{"lr": 1}')
+    with pytest.raises(ValueError, match=r"a\.json exists and is not the sidecar"):
+        write(tmp_path / "a")
+    (tmp_path / "a.json").unlink()
+    writer = IndexedDatasetWriter(tmp_path / "a", Provenance(100))
+    writer.add([1])
+    (tmp_path / "a.json").write_text('{"lr": 1}')  # it appears while the tokens are written
+    with pytest.raises(ValueError, match=r"a\.json exists and is not the sidecar"), writer:
+        writer.add([2])
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+    assert (tmp_path / "a.json").read_text() == '{"lr": 1}'
+
+
+def test_a_prefix_must_name_a_file(tmp_path: Path) -> None:
+    for prefix in ("", f"{tmp_path}/", str(tmp_path), f"{tmp_path}/.."):
+        with pytest.raises(ValueError, match=r"must end in the name of a file|is a folder"):
+            IndexedDatasetWriter(prefix, Provenance(100))
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_pickles_as_prefix(tmp_path: Path) -> None:
     dataset = IndexedDataset(write(tmp_path / "a"))
     data = pickle.dumps(dataset)
