@@ -160,8 +160,9 @@ def open_input(path: Path) -> Iterator[BinaryIO]:
 def _decompressed(raw: BinaryIO, suffix: str | None) -> BinaryIO:
     if suffix is None:
         return raw
-    opener = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}[suffix]
-    return cast("BinaryIO", opener(raw, "rb"))
+    if suffix == ".gz":
+        return cast("BinaryIO", gzip.open(raw, "rb"))
+    return cast("BinaryIO", bz2.open(raw, "rb") if suffix == ".bz2" else lzma.open(raw, "rb"))
 
 
 def is_jsonl(path: Path, file_format: Format) -> bool:

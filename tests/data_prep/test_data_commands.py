@@ -114,7 +114,10 @@ def test_merge_replaces_the_pair_it_made_itself(copy: Path, token_file: str, tmp
     assert IndexedDataset(tmp_path / "m").documents == 2 * IndexedDataset(copy).documents
 
 
-def test_names_with_markup_and_line_ends_are_shown(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_names_with_markup_and_line_ends_are_shown(
+    copy: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "400")
     strange = copy.with_name("[") / "red]\nx"
     strange.parent.mkdir()
     for suffix in ("bin", "idx", "json"):
