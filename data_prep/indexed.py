@@ -1,17 +1,10 @@
-"""Token files in Megatron's `.bin/.idx` layout: a streaming writer and a validating memory-mapped reader.
-
-`<prefix>.bin` holds the tokens back to back. `<prefix>.idx`, little endian: magic (9 bytes), version (u64, 1), dtype
-code (u8), sequence count S (u64), length of the document index D = documents + 1 (u64), sequence lengths (S × int32,
-tokens), sequence pointers (S × int64, byte offsets into `.bin`), document index (D × int64: document d is the sequences
-[index[d], index[d + 1])).
-Source: megatron/core/datasets/indexed_dataset.py of Megatron-Core 0.16.
+"""Token files in Megatron's `.bin/.idx` layout (layout.py): a streaming writer and a validating memory-mapped reader.
 
 Array suffixes: T tokens, N documents, S sequences, D = N + 1.
 """
 
 import hashlib
 import os
-import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -21,29 +14,35 @@ from typing import Self
 import numpy as np
 import numpy.typing as npt
 
-from megagrin.data_prep.sidecar import Provenance, Sidecar, file_sha256, read_sidecar, sidecar_path, write_sidecar
+from megagrin.data_prep.files import check_name, make_folder, named, open_new, remove_empty, temporary_path
+from megagrin.data_prep.layout import (
+    CODES,
+    COPY_TOKENS,
+    HEADER,
+    MAGIC,
+    VERSION,
+    Int64Array,
+    TokenArray,
+    check_recorded,
+    check_sidecar,
+    check_size,
+    existing_pair,
+    id_range,
+    pair_paths,
+    read_index,
+    token_dtype,
+)
+from megagrin.data_prep.sidecar import (
+    Provenance,
+    Sidecar,
+    file_sha256,
+    read_sidecar,
+    refuse_foreign,
+    sidecar_path,
+    write_sidecar,
+)
 
-MAGIC = b"MMIDIDX\x00\x00"
-VERSION = 1
-_HEADER = struct.Struct("<9sQBQQ")
-_CODES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
 _INT32_MAX = 2**31 - 1
-# Megatron's own border: from here on its readers and writers expect int32, although uint16 would still hold the id.
-_UINT16_VOCAB = 65500
-_COPY_TOKENS = 1 << 24
-
-Int64Array = npt.NDArray[np.int64]
-TokenArray = npt.NDArray[np.integer]
-
-
-def token_dtype(vocab_size: int) -> np.dtype:
-    """The dtype Megatron stores ids of this vocabulary in: uint16 below 65500 entries, else int32."""
-    return np.dtype("<u2" if vocab_size < _UINT16_VOCAB else "<i4")
-
-
-def pair_paths(prefix: str | Path) -> tuple[Path, Path]:
-    """(`<prefix>.bin`, `<prefix>.idx`); a dot in the prefix is kept."""
-    return Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
 
 
 class IndexedDatasetWriter:
@@ -58,7 +57,8 @@ class IndexedDatasetWriter:
         provenance: what made the tokens; its `vocab_size` fixes the dtype.
 
     Raises:
-        ValueError: (at the end) another process took over the temporary files.
+        ValueError: the prefix is empty or a folder's, or `<prefix>.json` is not ours to replace; (at the end) another process
+            took over the temporary files.
         OSError: the disk is full or not writable.
     """
 
@@ -73,10 +73,15 @@ class IndexedDatasetWriter:
         self._document_ends: list[Int64Array] = []
         self._hash = hashlib.sha256()
         self._finished = False
-        self.prefix.parent.mkdir(parents=True, exist_ok=True)
-        self._temporary_bin, self._temporary_idx = (Path(f"{path}.tmp") for path in pair_paths(prefix))
-        self._temporary_bin.unlink(missing_ok=True)
-        self._bin = self._temporary_bin.open("xb")
+        check_name(prefix)
+        refuse_foreign(prefix)
+        self._temporary_bin, self._temporary_idx = map(temporary_path, pair_paths(prefix))
+        self._new_folders = make_folder(self._temporary_bin)
+        try:
+            self._bin = open_new(self._temporary_bin)
+        except OSError:
+            remove_empty(self._new_folders)
+            raise
 
     def __enter__(self) -> Self:
         return self
@@ -114,8 +119,8 @@ class IndexedDatasetWriter:
 
     def add_dataset(self, dataset: "IndexedDataset") -> None:
         """Appends every document of another pair with its sequences as they are; copies tokens in bounded pieces."""
-        for start in range(0, dataset.tokens, _COPY_TOKENS):
-            self._write(dataset.tokens_T[start : start + _COPY_TOKENS])
+        for start in range(0, dataset.tokens, COPY_TOKENS):
+            self._write(dataset.tokens_T[start : start + COPY_TOKENS])
         self._extend_index(dataset.sequence_lengths_S, dataset.document_index_D[1:])
 
     def _extend_index(self, lengths_S: npt.NDArray[np.integer], document_ends_N: Int64Array) -> None:
@@ -141,9 +146,9 @@ class IndexedDatasetWriter:
         lengths_S = np.concatenate([np.empty(0, np.int32), *self._lengths])
         index_D = np.concatenate([np.zeros(1, np.int64), *self._document_ends])
         pointers_S = (np.cumsum(lengths_S, dtype=np.int64) - lengths_S) * self.dtype.itemsize
-        code = next(code for code, name in _CODES.items() if np.dtype(name) == self.dtype)
-        with _naming(self._temporary_idx), self._temporary_idx.open("wb") as idx:
-            idx.write(_HEADER.pack(MAGIC, VERSION, code, lengths_S.size, index_D.size))
+        code = next(code for code, name in CODES.items() if np.dtype(name) == self.dtype)
+        with _naming(self._temporary_idx), open_new(self._temporary_idx) as idx:
+            idx.write(HEADER.pack(MAGIC, VERSION, code, lengths_S.size, index_D.size))
             for array, layout in ((lengths_S, "<i4"), (pointers_S, "<i8"), (index_D, "<i8")):
                 idx.write(array.astype(layout, copy=False).data)
             idx.flush()
@@ -156,6 +161,7 @@ class IndexedDatasetWriter:
     def _publish(self) -> None:
         if not self._owns_temporary():
             raise ValueError(f"{self._temporary_bin}: another process is writing the same token files")
+        refuse_foreign(self.prefix)
         bin_path, idx_path = pair_paths(self.prefix)
         sidecar = Sidecar(
             **vars(self.provenance),
@@ -186,6 +192,7 @@ class IndexedDatasetWriter:
         if owned:
             self._temporary_bin.unlink(missing_ok=True)
             self._temporary_idx.unlink(missing_ok=True)
+            remove_empty(self._new_folders)
 
 
 class IndexedDataset:
@@ -207,23 +214,19 @@ class IndexedDataset:
 
     def __init__(self, prefix: str | Path):
         self.prefix = str(prefix)
-        bin_path, idx_path = pair_paths(prefix)
-        for path in (idx_path, bin_path):
-            if not path.is_file():
-                raise ValueError(f"{path}: no such file (a prefix is the path of a pair without .bin and .idx)")
-        dtype, self.sequence_lengths_S, pointers_S, self.document_index_D = _read_index(idx_path)
+        bin_path, idx_path = existing_pair(prefix)
+        dtype, self.sequence_lengths_S, pointers_S, self.document_index_D = read_index(idx_path)
         ends_S = np.cumsum(self.sequence_lengths_S, dtype=np.int64)
         if not np.array_equal(pointers_S, (ends_S - self.sequence_lengths_S) * dtype.itemsize):
             raise ValueError(f"{idx_path}: sequence pointers do not follow from the sequence lengths")
         self.document_offsets_D: Int64Array = np.concatenate([np.zeros(1, np.int64), ends_S])[self.document_index_D]
         self.tokens = int(self.document_offsets_D[-1])
         self.documents = self.document_index_D.size - 1
-        expected, actual = self.tokens * dtype.itemsize, bin_path.stat().st_size
-        if expected != actual:
-            raise ValueError(f"{bin_path}: {actual} bytes, but its index describes {expected}: truncated or not of this pair")
+        check_size(bin_path, self.tokens * dtype.itemsize)
         self.sidecar = read_sidecar(prefix)
         if self.sidecar is not None:
-            _check_sidecar(self.sidecar, self, idx_path, dtype)
+            check_sidecar(self.sidecar, self.prefix, self.documents, self.tokens, dtype)
+            check_recorded(self.sidecar, prefix, "idx_sha256", file_sha256(idx_path))
         # An empty file cannot be mapped.
         self.tokens_T: TokenArray = np.memmap(bin_path, dtype, mode="r") if self.tokens else np.empty(0, dtype)
 
@@ -244,9 +247,7 @@ class IndexedDataset:
 
     def token_id_range(self) -> tuple[int, int]:
         """(smallest, largest) id of the file by a full scan in bounded pieces, (0, -1) when it is empty."""
-        pieces = [self.tokens_T[start : start + _COPY_TOKENS] for start in range(0, self.tokens, _COPY_TOKENS)]
-        smallest = min((int(piece.min()) for piece in pieces), default=0)
-        return smallest, max((int(piece.max()) for piece in pieces), default=-1)
+        return id_range(self.tokens_T)
 
     def fingerprint(self) -> str:
         """SHA-256 that changes when the data do: of the recorded checksums; without a sidecar of the index alone."""
@@ -261,9 +262,19 @@ def merge(prefixes: Sequence[str | Path], output: str | Path) -> None:
     Raises:
         ValueError: a part is damaged, has no sidecar, or was made with another tokenizer or options than the first.
     """
-    parts = [IndexedDataset(prefix) for prefix in prefixes]
-    if not parts:
-        raise ValueError("merge: no token files given")
+    if not prefixes:
+        raise ValueError("prefixes: no token files given")
+    with named("prefixes"):
+        parts = [IndexedDataset(prefix) for prefix in prefixes]
+        origin = _common_origin(parts)
+    with named("output"):
+        writer = IndexedDatasetWriter(output, origin)
+    with writer:
+        for part in parts:
+            writer.add_dataset(part)
+
+
+def _common_origin(parts: Sequence[IndexedDataset]) -> Provenance:
     origins = []
     for part in parts:
         if part.sidecar is None:
@@ -271,50 +282,7 @@ def merge(prefixes: Sequence[str | Path], output: str | Path) -> None:
         origins.append(part.sidecar.provenance())
         if origins[-1] != origins[0]:
             raise ValueError(f"{part.prefix}: made with {origins[-1]}, but {parts[0].prefix} with {origins[0]}")
-    with IndexedDatasetWriter(output, origins[0]) as writer:
-        for part in parts:
-            writer.add_dataset(part)
-
-
-def _read_index(path: Path) -> tuple[np.dtype, npt.NDArray[np.int32], Int64Array, Int64Array]:
-    """(token dtype, sequence lengths, sequence pointers, document index) of an `.idx` file, each checked on its own."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        header = file.read(_HEADER.size)
-    if len(header) < _HEADER.size:
-        raise ValueError(f"{path}: {size} bytes, but a header alone has {_HEADER.size}: truncated")
-    magic, version, code, sequences, entries = _HEADER.unpack(header)
-    if magic != MAGIC:
-        raise ValueError(f"{path}: starts with {magic!r}, not {MAGIC!r}: not a Megatron token index")
-    if version != VERSION:
-        raise ValueError(f"{path}: version {version}, only {VERSION} is known")
-    if code not in _CODES:
-        raise ValueError(f"{path}: dtype code {code} is not one of the integer codes {sorted(_CODES)}")
-    expected = _HEADER.size + 12 * sequences + 8 * entries
-    if size != expected:
-        raise ValueError(f"{path}: {size} bytes, but {sequences} sequences and {entries} index entries take {expected}")
-    # Mapped, not read: the ranks of a node share the pages.
-    body = np.memmap(path, np.uint8, mode="r")[_HEADER.size :]
-    lengths_S = body[: 4 * sequences].view("<i4")
-    pointers_S = body[4 * sequences : 12 * sequences].view("<i8")
-    index_D = body[12 * sequences :].view("<i8")
-    if lengths_S.size and lengths_S.min() < 0:
-        raise ValueError(f"{path}: negative sequence length {lengths_S.min()}")
-    if not entries or index_D[0] != 0 or index_D[-1] != sequences or (np.diff(index_D) < 0).any():
-        raise ValueError(f"{path}: the document index must rise from 0 to the sequence count {sequences}")
-    return np.dtype(_CODES[code]), lengths_S, pointers_S, index_D
-
-
-def _check_sidecar(sidecar: Sidecar, dataset: IndexedDataset, idx_path: Path, dtype: np.dtype) -> None:
-    path = sidecar_path(dataset.prefix)
-    for name, actual in (
-        ("documents", dataset.documents),
-        ("tokens", dataset.tokens),
-        ("bin_bytes", dataset.tokens * dtype.itemsize),
-        ("idx_sha256", file_sha256(idx_path)),
-    ):
-        if getattr(sidecar, name) != actual:
-            raise ValueError(f"{path}: {name} is {getattr(sidecar, name)}, but the token files have {actual}: not of this pair")
+    return origins[0]
 
 
 @contextmanager

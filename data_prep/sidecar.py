@@ -7,6 +7,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from megagrin.data_prep.files import open_new, temporary_path
+
 _HASH_CHUNK = 1 << 22
 
 
@@ -58,10 +60,9 @@ def sidecar_path(prefix: str | Path) -> Path:
 def write_sidecar(prefix: str | Path, sidecar: Sidecar) -> None:
     """Writes `<prefix>.json` by way of a temporary name, so that it is whole or absent."""
     path = sidecar_path(prefix)
-    temporary = Path(f"{path}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(dataclasses.asdict(sidecar), file, indent=2)
-        file.write("\n")
+    temporary = temporary_path(path)
+    with open_new(temporary) as file:
+        file.write(f"{json.dumps(dataclasses.asdict(sidecar), indent=2)}\n".encode())
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
@@ -88,6 +89,42 @@ def read_sidecar(prefix: str | Path) -> Sidecar | None:
         if type(raw[name]) is not kind and not (name == "tokenizer_sha256" and isinstance(raw[name], str | None)):
             raise ValueError(f"{path}: {name}: {raw[name]!r} has the wrong type")
     return Sidecar(**raw)
+
+
+def refuse_foreign(prefix: str | Path) -> None:
+    """Refuses to take the place of a `<prefix>.json` that is somebody's own file.
+
+    Raises:
+        ValueError: it exists and is no sidecar.
+    """
+    path = sidecar_path(prefix)
+    try:
+        read_sidecar(prefix)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{path} exists and is not the sidecar of token files, which would take its place") from error
+
+
+@dataclass(frozen=True)
+class Framing:
+    """What stands around the tokens of each document that has text.
+
+    Args:
+        bos: each document starts with the tokenizer's bos id.
+        eos: each document ends with the tokenizer's eos id.
+    """
+
+    bos: bool = False
+    eos: bool = True
+
+
+def read_framing(prefix: str | Path) -> Framing:
+    """How the documents of a pair of token files are framed; without a sidecar as Megatron's own preprocessing does it.
+
+    Raises:
+        ValueError: as `read_sidecar`.
+    """
+    sidecar = read_sidecar(prefix)
+    return Framing() if sidecar is None else Framing(sidecar.append_bos, sidecar.append_eos)
 
 
 def file_sha256(path: str | Path) -> str:

@@ -36,12 +36,16 @@ from megagrin.data_prep.corpus import (
     raw_documents,
     read_blocks,
 )
-from megagrin.data_prep.indexed import IndexedDatasetWriter, pair_paths, token_dtype
+from megagrin.data_prep.files import check_name, named
+from megagrin.data_prep.indexed import IndexedDatasetWriter
+from megagrin.data_prep.layout import check_output_prefix, token_dtype
 from megagrin.data_prep.sidecar import Provenance
 from megagrin.data_prep.tokenizer import Tokenizer
 
 _REPORTED_SKIPS = 10
 _SHUTDOWN_SECONDS = 5.0
+# More are a slip of the finger: each takes a Python process and its memory.
+_MAX_WORKERS = 1024
 
 
 @dataclass(frozen=True)
@@ -76,12 +80,12 @@ class TokenizeConfig:
     timeout: float = 1800.0
 
     def __post_init__(self) -> None:
-        if self.workers < 0:
-            raise ValueError(f"workers: {self.workers} must not be negative")
+        if not 0 <= self.workers <= _MAX_WORKERS:
+            raise ValueError(f"workers: {self.workers} must lie in [0, {_MAX_WORKERS}]")
         if not 0 <= self.valid_fraction < 1:
             raise ValueError(f"valid_fraction: {self.valid_fraction} must lie in [0, 1)")
-        if not self.timeout > 0:
-            raise ValueError(f"timeout: {self.timeout} must be positive")
+        if not 0 < self.timeout <= threading.TIMEOUT_MAX:
+            raise ValueError(f"timeout: {self.timeout} must lie in (0, {threading.TIMEOUT_MAX:g}]")
 
 
 @dataclass
@@ -127,16 +131,21 @@ def tokenize(inputs: Sequence[str], config: TokenizeConfig, *, block_bytes: int 
     """
     start = time.monotonic()
     files = expand_inputs(inputs)
-    tokenizer = Tokenizer.load(config.tokenizer)
+    with named("tokenizer"):
+        tokenizer = Tokenizer.load(config.tokenizer)
     _check_special_ids(config, tokenizer)
     prefixes = _output_prefixes(config)
+    with named("output"):
+        for prefix in prefixes:
+            check_output_prefix(prefix, [*files, config.tokenizer], overwrite=config.overwrite)
     provenance = Provenance(tokenizer.vocab_size, tokenizer.sha256, config.append_bos, config.append_eos)
     config = replace(config, workers=config.workers or os.cpu_count() or 1)
     report = TokenizeReport()
     with ExitStack() as stack:
         progress = stack.enter_context(_progress_bar())
         bar = progress.add_task("tokenize", total=sum(path.stat().st_size for path in files))
-        writers = [stack.enter_context(IndexedDatasetWriter(prefix, provenance)) for prefix in prefixes]
+        with named("output"):
+            writers = [stack.enter_context(IndexedDatasetWriter(prefix, provenance)) for prefix in prefixes]
         blocks = read_blocks(files, config.format, block_bytes)
         # Closed here, so that the workers are gone before an error leaves this function.
         for encoded in stack.enter_context(closing(_encode_in_order(blocks, config))):
@@ -165,12 +174,9 @@ def _check_special_ids(config: TokenizeConfig, tokenizer: Tokenizer) -> None:
 
 
 def _output_prefixes(config: TokenizeConfig) -> list[str]:
-    split = config.valid_fraction > 0
-    prefixes = [f"{config.output}_train", f"{config.output}_valid"] if split else [config.output]
-    for path in (path for prefix in prefixes for path in pair_paths(prefix)):
-        if path.exists() and not config.overwrite:
-            raise ValueError(f"output: {path} exists; pass --overwrite=true to replace it")
-    return prefixes
+    with named("output"):  # `_train` would make a file's name of nothing and of a folder
+        check_name(config.output)
+    return [f"{config.output}_train", f"{config.output}_valid"] if config.valid_fraction > 0 else [config.output]
 
 
 def _nothing_to_write(writer: IndexedDatasetWriter, documents: int, report: TokenizeReport, config: TokenizeConfig) -> str:

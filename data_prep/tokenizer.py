@@ -8,15 +8,29 @@ import io
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import sentencepiece
 
-from megagrin.data_prep.corpus import Format, read_texts
+from megagrin.data_prep.corpus import Format, expand_inputs, read_texts
+from megagrin.data_prep.files import (
+    check_absent,
+    check_name,
+    check_targets,
+    make_folder,
+    named,
+    open_new,
+    remove_empty,
+    temporary_path,
+)
 from megagrin.data_prep.sidecar import file_sha256
 
+_MAX_THREADS = 1024
+_FEWEST_PIECES = 261  # unk, bos, eos, newline, tab and 256 bytes
+_MOST_PIECES = 1 << 24  # the trainer works for minutes before it says that it has no text for more
 UNK_ID, BOS_ID, EOS_ID = 0, 1, 2
 # SentencePiece stores a space as this character, so in text it would come back as a space.
 _SPACE_SYMBOL = "\u2581"
@@ -53,14 +67,15 @@ class TokenizerConfig:
     overwrite: bool = False
 
     def __post_init__(self) -> None:
-        if self.vocab_size < 1:
-            raise ValueError(f"vocab_size: {self.vocab_size} must be positive")
-        if not 0 < self.character_coverage <= 1:
-            raise ValueError(f"character_coverage: {self.character_coverage} must lie in (0, 1]")
-        if self.input_sentence_size < 0:
-            raise ValueError(f"input_sentence_size: {self.input_sentence_size} must not be negative")
-        if self.num_threads < 0:
-            raise ValueError(f"num_threads: {self.num_threads} must not be negative")
+        # SentencePiece's own limits, which it answers by file and line of its source.
+        for name, low, high in (
+            ("vocab_size", _FEWEST_PIECES, _MOST_PIECES),
+            ("character_coverage", 0.98, 1),
+            ("input_sentence_size", 0, 2**63 - 1),
+            ("num_threads", 0, _MAX_THREADS),
+        ):
+            if not low <= getattr(self, name) <= high:
+                raise ValueError(f"{name}: {getattr(self, name)} must lie in [{low}, {high}]")
 
 
 class Tokenizer:
@@ -171,10 +186,42 @@ def train_tokenizer(inputs: Sequence[str], config: TokenizerConfig) -> Tokenizer
         ValueError: bad inputs (file and line named), an empty corpus, an existing output, or a `vocab_size` that the
             corpus cannot fill or that is too small for its characters.
     """
+    files = expand_inputs(inputs)
     output = Path(config.output)
-    if output.exists() and not config.overwrite:
-        raise ValueError(f"output: {output} exists; pass --overwrite=true to replace it")
-    sentences = _Sentences(read_texts(inputs, config.format, config.text_key))
+    with named("output"):
+        check_name(config.output)
+        check_targets([output], files)
+        if not config.overwrite:
+            check_absent([output])
+    with _published(output) as file:
+        file.write(_train(_Sentences(read_texts(files, config.format, config.text_key)), config))
+    return Tokenizer.load(output)
+
+
+@contextmanager
+def _published(output: Path) -> Iterator[BinaryIO]:
+    """A file that takes its name when the block ends without an error; opened before the block, or not at all."""
+    temporary = temporary_path(output)
+    with named("output"):
+        folders = make_folder(output)
+        try:
+            file = open_new(temporary)
+        except OSError:
+            remove_empty(folders)
+            raise
+    try:
+        with file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(output)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        remove_empty(folders)
+        raise
+
+
+def _train(sentences: "_Sentences", config: TokenizerConfig) -> bytes:
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -186,11 +233,7 @@ def train_tokenizer(inputs: Sequence[str], config: TokenizerConfig) -> Tokenizer
         if not sentences.count:
             raise ValueError("inputs: no text to train on") from error
         raise ValueError(_explain(str(error), config.vocab_size)) from error
-    output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(f"{output}.tmp")
-    temporary.write_bytes(model.getvalue())
-    temporary.replace(output)
-    return Tokenizer.load(output)
+    return model.getvalue()
 
 
 def _trainer_options(config: TokenizerConfig) -> dict[str, Any]:
@@ -208,7 +251,7 @@ def _trainer_options(config: TokenizerConfig) -> dict[str, Any]:
         "character_coverage": config.character_coverage,
         "input_sentence_size": config.input_sentence_size,
         "shuffle_input_sentence": True,
-        "num_threads": config.num_threads or os.cpu_count() or 1,
+        "num_threads": config.num_threads or min(os.cpu_count() or 1, _MAX_THREADS),
         "unk_id": UNK_ID,
         "bos_id": BOS_ID,
         "eos_id": EOS_ID,

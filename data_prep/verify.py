@@ -5,7 +5,9 @@ from pathlib import Path
 
 import numpy as np
 
-from megagrin.data_prep.indexed import IndexedDataset, pair_paths
+from megagrin.data_prep.files import named
+from megagrin.data_prep.indexed import IndexedDataset
+from megagrin.data_prep.layout import Outline, pair_paths
 from megagrin.data_prep.sidecar import file_sha256, sidecar_path
 
 _PERCENTILES = (0, 5, 25, 50, 75, 95, 100)
@@ -40,38 +42,40 @@ def verify(prefix: str | Path, tokenizer_path: str | Path | None = None) -> Veri
     Raises:
         ValueError: the first thing found wrong, naming the file.
     """
-    dataset = IndexedDataset(prefix)
-    bin_path, _ = pair_paths(prefix)
-    if dataset.sidecar is not None and file_sha256(bin_path) != dataset.sidecar.bin_sha256:
-        raise ValueError(f"{bin_path}: its SHA-256 is not the bin_sha256 of {sidecar_path(prefix)}: the tokens were changed")
+    with named("prefixes"):
+        dataset = IndexedDataset(prefix)
+        bin_path, _ = pair_paths(prefix)
+        if dataset.sidecar is not None and file_sha256(bin_path) != dataset.sidecar.bin_sha256:
+            raise ValueError(f"{bin_path}: its SHA-256 is not the bin_sha256 of {sidecar_path(prefix)}: the tokens were changed")
     vocab_size = dataset.sidecar.vocab_size if dataset.sidecar is not None else None
     if tokenizer_path is not None:
         from megagrin.data_prep.tokenizer import Tokenizer  # training imports this file, and need not have sentencepiece
 
-        check_tokenizer(dataset, tokenizer_path)
-        vocab_size = Tokenizer.load(tokenizer_path).vocab_size
+        with named("tokenizer"):
+            check_tokenizer(dataset, tokenizer_path)
+            vocab_size = Tokenizer.load(tokenizer_path).vocab_size
     smallest, largest = dataset.token_id_range()
     if smallest < 0 or (vocab_size is not None and largest >= vocab_size):
         bad = smallest if smallest < 0 else largest
-        raise ValueError(f"{bin_path}: token id {bad} lies outside [0, vocab_size={vocab_size})")
+        raise ValueError(f"prefixes: {bin_path}: token id {bad} lies outside [0, vocab_size={vocab_size})")
     return VerifyReport(dataset.documents, dataset.tokens, largest, vocab_size, dataset.sidecar is not None)
 
 
-def check_tokenizer(dataset: IndexedDataset, tokenizer_path: str | Path) -> None:
-    """Refuses token files that another tokenizer made; says nothing when the sidecar does not know.
+def check_tokenizer(dataset: IndexedDataset | Outline, tokenizer_path: str | Path) -> None:
+    """Refuses token files that another tokenizer made; of files whose sidecar does not know, only that there is a tokenizer.
 
     Raises:
-        ValueError: the tokenizer's checksum is not the one of the sidecar.
+        ValueError: no such file, or its checksum is not the one of the sidecar.
     """
+    if not Path(tokenizer_path).is_file():
+        raise ValueError(f"{tokenizer_path}: no such tokenizer file")
     recorded = dataset.sidecar.tokenizer_sha256 if dataset.sidecar is not None else None
     if recorded is None:
         return
-    if not Path(tokenizer_path).is_file():
-        raise ValueError(f"{tokenizer_path}: no such tokenizer file")
     actual = file_sha256(tokenizer_path)
     if actual != recorded:
         raise ValueError(
-            f"tokenizer: {tokenizer_path} has SHA-256 {actual[:12]}, but {sidecar_path(dataset.prefix)} records "
+            f"{tokenizer_path} has SHA-256 {actual[:12]}, but {sidecar_path(dataset.prefix)} records "
             f"{recorded[:12]}: the tokens were made with another tokenizer"
         )
 

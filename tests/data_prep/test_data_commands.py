@@ -45,21 +45,6 @@ def test_skipped_documents_are_reported(tmp_path: Path, tokenizer_path: Path, ca
     assert "a.jsonl:2: malformed JSON" in captured.err
 
 
-@pytest.mark.parametrize("argv", [
-    ["tokenize", "a.jsonl", "--tokenizer", "t", "--ouput", "x"],
-    ["tokenize", "a.jsonl", "--tokenizer", "t", "--output", "x", "--worker", "2"],  # no abbreviations
-    ["tokenize", "a.jsonl", "--tokenizer", "t", "--output", "x", "--workers", "two"],
-    ["tokenise", "a.jsonl"],
-    ["verify"],
-    [],
-])  # fmt: skip
-def test_wrong_options_end_with_usage(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as ended:
-        main(argv)
-    assert ended.value.code == 2
-    assert "usage: megagrin data" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize("command", ["train-tokenizer", "tokenize", "verify", "inspect", "merge"])
 def test_help_describes_every_option(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
@@ -120,6 +105,26 @@ def test_merge_keeps_existing_files(copy: Path, token_file: str) -> None:
     assert copy.with_suffix(".bin").read_bytes() == before
     main(["merge", token_file, token_file, "--output", str(copy), "--overwrite=true"])
     assert copy.with_suffix(".bin").read_bytes() == 2 * before
+
+
+def test_merge_replaces_the_pair_it_made_itself(copy: Path, token_file: str, tmp_path: Path) -> None:
+    """Two parts that are one file are no reason to refuse, nor is a part that the output only shares its folder with."""
+    main(["merge", token_file, str(copy), "--output", str(tmp_path / "m")])
+    main(["merge", token_file, str(copy), "--output", str(tmp_path / "m"), "--overwrite=true"])
+    assert IndexedDataset(tmp_path / "m").documents == 2 * IndexedDataset(copy).documents
+
+
+def test_names_with_markup_and_line_ends_are_shown(
+    copy: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "400")
+    strange = copy.with_name("[") / "red]\nx"
+    strange.parent.mkdir()
+    for suffix in ("bin", "idx", "json"):
+        shutil.copy(f"{copy}.{suffix}", f"{strange}.{suffix}")
+    assert main(["inspect", str(strange)]) == 0
+    assert main(["verify", str(strange)]) == 0
+    assert capsys.readouterr().out.count("[/red]\\nx") == 2
 
 
 def test_an_error_is_one_line_and_exit_code_2(tmp_path: Path, tokenizer_path: Path) -> None:

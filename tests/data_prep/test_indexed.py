@@ -17,7 +17,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megagrin.data_prep.indexed import IndexedDataset, IndexedDatasetWriter, merge, token_dtype
+from megagrin.data_prep.indexed import IndexedDataset, IndexedDatasetWriter, merge
+from megagrin.data_prep.layout import token_dtype
 from megagrin.data_prep.sidecar import Provenance, file_sha256, read_sidecar
 from megagrin.data_prep.verify import verify
 
@@ -96,6 +97,27 @@ def test_sidecar(tmp_path: Path) -> None:
     assert (sidecar.vocab_size, sidecar.documents, sidecar.tokens, sidecar.bin_bytes) == (100, 4, 6, 12)
     assert sidecar.bin_sha256 == file_sha256(f"{prefix}.bin")
     assert sidecar.idx_sha256 == file_sha256(f"{prefix}.idx")
+
+
+def test_a_sidecar_that_is_not_ours_is_kept(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text('{"lr": 1}')
+    with pytest.raises(ValueError, match=r"a\.json exists and is not the sidecar"):
+        write(tmp_path / "a")
+    (tmp_path / "a.json").unlink()
+    writer = IndexedDatasetWriter(tmp_path / "a", Provenance(100))
+    writer.add([1])
+    (tmp_path / "a.json").write_text('{"lr": 1}')  # it appears while the tokens are written
+    with pytest.raises(ValueError, match=r"a\.json exists and is not the sidecar"), writer:
+        writer.add([2])
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+    assert (tmp_path / "a.json").read_text() == '{"lr": 1}'
+
+
+def test_a_prefix_must_name_a_file(tmp_path: Path) -> None:
+    for prefix in ("", f"{tmp_path}/", str(tmp_path), f"{tmp_path}/.."):
+        with pytest.raises(ValueError, match=r"must end in the name of a file|is a folder"):
+            IndexedDatasetWriter(prefix, Provenance(100))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_pickles_as_prefix(tmp_path: Path) -> None:

@@ -1,7 +1,9 @@
 """Tokenizing: same bytes for any number of workers, each document once, one clear error for each fault, never a hang."""
 
+import bz2
 import gzip
 import json
+import lzma
 import multiprocessing
 import os
 import signal
@@ -19,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megagrin.data_prep.indexed import IndexedDataset
-from megagrin.data_prep.sidecar import read_sidecar
+from megagrin.data_prep.sidecar import Framing, read_framing, read_sidecar
 from megagrin.data_prep.tokenize import TokenizeConfig, TokenizeReport, in_valid_split, tokenize
 from megagrin.data_prep.tokenizer import Tokenizer
 
@@ -113,6 +115,65 @@ def test_text_files_gzip_and_jsonl_agree(
     run(tmp_path / "code.jsonl.gz", name="gz", workers=2, block_bytes=20_000)
     for name in ("folder", "glob", "gz"):
         assert documents(tmp_path / name) == documents(tmp_path / "plain")
+
+
+@pytest.mark.parametrize(("file", "compress"), [
+    ("a.jsonl.gz", gzip.compress),
+    ("A.JSONL.GZ", gzip.compress),
+    ("gzip.jsonl", gzip.compress),
+    ("a.jsonl.bz2", bz2.compress),
+    ("a.ndjson.BZ2", bz2.compress),
+    ("bzip2.jsonl", bz2.compress),
+    ("a.jsonl.xz", lzma.compress),
+    ("xz.jsonl", lzma.compress),
+])  # fmt: skip
+def test_compressed_input_is_known_by_its_bytes(
+    run: Callable[..., TokenizeReport], tmp_path: Path, corpus: Path, file: str, compress: Callable[[bytes], bytes]
+) -> None:
+    (tmp_path / file).write_bytes(compress(corpus.read_bytes()))
+    run(corpus, name="plain")
+    run(tmp_path / file, name="out", block_bytes=20_000)
+    assert documents(tmp_path / "out") == documents(tmp_path / "plain")
+
+
+def test_compressed_text_is_one_document(run: Callable[..., TokenizeReport], tmp_path: Path) -> None:
+    (tmp_path / "a.py").write_text("x = 1\n")
+    run(tmp_path / "a.py", name="plain")
+    for name, data in (("a.py.bz2", bz2.compress(b"x = 1\n")), ("a.py.XZ", lzma.compress(b"x = 1\n"))):
+        (tmp_path / name).write_bytes(data)
+        run(tmp_path / name, name="out", overwrite=True)
+        assert documents(tmp_path / "out") == documents(tmp_path / "plain")
+
+
+@pytest.mark.parametrize("options", [{}, {"append_bos": True}, {"append_eos": False}])
+def test_the_framing_of_documents_is_recorded(
+    run: Callable[..., TokenizeReport], tmp_path: Path, options: dict[str, bool]
+) -> None:
+    run(jsonl(tmp_path / "a.jsonl", ["one", ""]), **options)
+    framing = read_framing(tmp_path / "out")
+    first, empty = documents(tmp_path / "out")
+    assert (framing.bos, framing.eos) == (first[0] == 1, first[-1] == 2)
+    assert empty == []
+    (tmp_path / "out.json").unlink()
+    assert read_framing(tmp_path / "out") == Framing(bos=False, eos=True)
+
+
+def test_folders_made_for_nothing_are_removed(run: Callable[..., TokenizeReport], tmp_path: Path) -> None:
+    (tmp_path / "bad.jsonl").write_text("bad")
+    with pytest.raises(ValueError, match="malformed"):
+        run(tmp_path / "bad.jsonl", name="new/folder/out", valid_fraction=0.5)
+    assert not (tmp_path / "new").exists()
+    run(jsonl(tmp_path / "a.jsonl", ["one"]), name="new/folder/out")
+    assert len(documents(tmp_path / "new/folder/out")) == 1
+
+
+def test_what_a_left_link_points_to_is_not_written(run: Callable[..., TokenizeReport], tmp_path: Path) -> None:
+    (tmp_path / "precious").write_text("precious")
+    for suffix in SUFFIXES:
+        (tmp_path / f"out.{suffix}.tmp").symlink_to("precious")
+    run(jsonl(tmp_path / "a.jsonl", ["one"]))
+    assert (tmp_path / "precious").read_text() == "precious"
+    assert outputs(tmp_path) == ["out.bin", "out.idx", "out.json"]
 
 
 def test_bom_crlf_nul_blank_lines_and_empty_texts(
@@ -215,8 +276,8 @@ def test_bad_inputs(run: Callable[..., TokenizeReport], tmp_path: Path) -> None:
     ("bad\n", {"on_error": "skip"}, r"no text in 0 documents \(1 skipped\); the first skipped: .*a\.jsonl:1: malformed"),
     ('{"text": "x"}\n', {"valid_fraction": 0.001}, r"valid_fraction: 0.001 of 1 documents leaves no token for .*out_valid"),
     ("", {"valid_fraction": 1.0}, r"valid_fraction: 1.0 must lie in \[0, 1\)"),
-    ("", {"workers": -1}, "workers: -1 must not be negative"),
-    ("", {"timeout": 0}, "timeout: 0 must be positive"),
+    ("", {"workers": -1}, r"workers: -1 must lie in \[0, 1024\]"),
+    ("", {"timeout": 0}, r"timeout: 0 must lie in \(0, "),
 ])  # fmt: skip
 def test_nothing_to_write(
     run: Callable[..., TokenizeReport], tmp_path: Path, content: str, options: dict[str, object], message: str
