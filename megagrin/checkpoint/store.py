@@ -57,6 +57,21 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True)
+class TokenSource:
+    """What made the tokens that a model was trained on.
+
+    Attributes:
+        tokenizer_sha256: of the tokenizer's file; None where it is not known.
+        append_bos: documents start with the tokenizer's bos id.
+        append_eos: documents end with its eos id.
+    """
+
+    tokenizer_sha256: str | None = None
+    append_bos: bool = False
+    append_eos: bool = True
+
+
+@dataclass(frozen=True)
 class CheckpointInfo:
     """What `checkpoint.json` says.
 
@@ -65,12 +80,14 @@ class CheckpointInfo:
         consumed_samples: sequences trained on.
         run: the resolved configuration of the run, as a dictionary.
         data: fingerprint of the training token file; empty when the weights were imported.
+        tokens: what made that file; None in checkpoints of before this was kept.
     """
 
     step: int
     consumed_samples: int
     run: dict[str, Any]
     data: str = ""
+    tokens: TokenSource | None = None
 
 
 def checkpoints(run_dir: Path) -> list[Path]:
@@ -105,7 +122,9 @@ def read_info(path: Path) -> CheckpointInfo:
         content = json.loads((path / _META).read_text())
         if content["format"] != FORMAT:
             raise ValueError(f"{path / _META}: format {content['format']}, this version reads {FORMAT}")
-        return CheckpointInfo(content["step"], content["consumed_samples"], content["run"], content["data"])
+        tokens = content.get("tokens")
+        source = None if tokens is None else TokenSource(**tokens)
+        return CheckpointInfo(content["step"], content["consumed_samples"], content["run"], content["data"], source)
     except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path / _META}: not a checkpoint description ({error!r})") from error
 
@@ -241,13 +260,14 @@ def load_model(path: Path) -> tuple[Transformer, dict[str, Any]]:
     return model.eval(), info.run
 
 
-def save_model(path: Path, model: Transformer, run: dict[str, Any]) -> None:
+def save_model(path: Path, model: Transformer, run: dict[str, Any], tokens: TokenSource | None = None) -> None:
     """Write a weights-only checkpoint of a plain model from one process; `train.init_from` starts from it.
 
     Args:
         path: the checkpoint folder to create.
         model: weights to write.
         run: sections `model` and `router` at least.
+        tokens: what made the tokens of its training, where that is known.
 
     Raises:
         ValueError: the folder exists.
@@ -261,7 +281,7 @@ def save_model(path: Path, model: Transformer, run: dict[str, Any]) -> None:
         warnings.filterwarnings("ignore", category=UserWarning)
         writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
         dcp.save(model_tensors(model), storage_writer=writer, no_dist=True)
-    _write_info(partial, CheckpointInfo(0, 0, run))
+    _write_info(partial, CheckpointInfo(0, 0, run, tokens=tokens))
     partial.rename(path)
 
 

@@ -23,10 +23,9 @@ from torch import Tensor
 
 from megagrin import config
 from megagrin.checkpoint import store
-from megagrin.data_prep.tokenizer import Tokenizer
 from megagrin.hf.mapping import Layout, from_hf_config, hf_views, stored_shape, to_hf_config
-from megagrin.hf.tokenizer import write_tokenizer
-from megagrin.inference.generate import load_tokenizer
+from megagrin.hf.tokenizer import generation_config, read_tokenizer, write_tokenizer
+from megagrin.inference.vocabulary import Vocabulary, check_size, load_vocabulary
 from megagrin.models.transformer import ModelConfig, Transformer
 from megagrin.moe.router import RouterConfig
 
@@ -67,14 +66,15 @@ class ExportOptions:
 
 
 def export_model(
-    model: Transformer, router: RouterConfig, tokenizer: Tokenizer | None, out: Path, options: ExportOptions
+    model: Transformer, router: RouterConfig, vocabulary: Vocabulary | None, out: Path, options: ExportOptions
 ) -> float | None:
     """Write a folder that `AutoModelForCausalLM.from_pretrained` loads without remote code; it appears when it is whole.
 
     Args:
         model: weights on the CPU.
         router: the run's router configuration.
-        tokenizer: goes into the folder as well; None leaves it out.
+        vocabulary: its tokenizer goes into the folder as well, and puts bos in front of a text where training did; None leaves
+            it out.
         out: the folder to create.
         options: see `ExportOptions`.
 
@@ -85,19 +85,18 @@ def export_model(
         ValueError: an option or a setting that transformers cannot represent, `out` exists, or the check failed.
         ImportError: transformers or tokenizers is missing where it is needed.
     """
-    fields = check_request(model.config, router, tokenizer, out, options)
+    fields = check_request(model.config, router, vocabulary, out, options)
     with _committed(out) as folder:
         _write_json(folder / _CONFIG, fields)
-        ids = {key: fields[key] for key in ("bos_token_id", "eos_token_id")}
-        _write_json(folder / "generation_config.json", ids | {"pad_token_id": fields["eos_token_id"]})
+        _write_json(folder / "generation_config.json", generation_config(vocabulary, model.config.vocab_size))
         _write_weights(model, folder, _DTYPES[options.dtype], options.max_shard_gb * 1e9)
-        if tokenizer is not None:
-            write_tokenizer(tokenizer, folder, model.config.max_positions)
+        if vocabulary is not None:
+            write_tokenizer(vocabulary, folder, model.config.max_positions)
         return check_export(folder, model, _DTYPES[options.dtype]) if options.check else None
 
 
 def check_request(
-    model: ModelConfig, router: RouterConfig, tokenizer: Tokenizer | None, out: Path, options: ExportOptions
+    model: ModelConfig, router: RouterConfig, vocabulary: Vocabulary | None, out: Path, options: ExportOptions
 ) -> dict[str, Any]:
     """Everything that can be refused before weights are read.
 
@@ -110,12 +109,11 @@ def check_request(
     """
     config.check(options.violations())
     _check_target(out, options.overwrite)
-    if tokenizer is None:
-        return to_hf_config(model, router, bos_id=None, eos_id=None, dtype=options.dtype)
-    if tokenizer.vocab_size > model.vocab_size:
-        raise ValueError(f"{tokenizer.path}: {tokenizer.vocab_size} pieces must not exceed model.vocab_size ({model.vocab_size})")
-    bos_id, eos_id = (None if token < 0 else token for token in (tokenizer.bos_id, tokenizer.eos_id))
-    return to_hf_config(model, router, bos_id=bos_id, eos_id=eos_id, dtype=options.dtype)
+    if vocabulary is not None:
+        check_size(vocabulary.tokenizer, model.vocab_size, "--tokenizer")
+    ids = generation_config(vocabulary, model.vocab_size)
+    # Not pad_token_id: transformers would freeze that row of the embedding, which is eos's, in further training.
+    return to_hf_config(model, router, bos_id=ids["bos_token_id"], eos_id=ids["eos_token_id"], dtype=options.dtype)
 
 
 def _check_target(out: Path, overwrite: bool) -> None:
@@ -339,12 +337,12 @@ def main_export(argv: list[str]) -> int:
     arguments = parser.parse_args(argv)
     options = ExportOptions(arguments.dtype, arguments.max_shard_gb, arguments.overwrite, arguments.check)
     out, path = Path(arguments.out), store.find(Path(arguments.checkpoint))
-    run = store.read_info(path).run
-    tokenizer = load_tokenizer(arguments.tokenizer, run)
-    router = RouterConfig(**run["router"])
-    check_request(ModelConfig(**run["model"]), router, tokenizer, out, options)
-    difference = export_model(store.load_model(path)[0], router, tokenizer, out, options)
-    remarks = ["" if tokenizer else ", no tokenizer", "" if difference is None else f", logits within {difference:.2g}"]
+    info = store.read_info(path)
+    vocabulary = load_vocabulary(arguments.tokenizer, path, info)
+    router = RouterConfig(**info.run["router"])
+    check_request(ModelConfig(**info.run["model"]), router, vocabulary, out, options)
+    difference = export_model(store.load_model(path)[0], router, vocabulary, out, options)
+    remarks = ["" if vocabulary else ", no tokenizer", "" if difference is None else f", logits within {difference:.2g}"]
     print(f"{out}: {path} as PhimoeForCausalLM, {options.dtype}{''.join(remarks)}")
     return 0
 
@@ -372,9 +370,10 @@ def main_import(argv: list[str]) -> int:
         {"model": {key: value for key, value in run["model"].items() if key != "preset"}, "router": run["router"]},
         sort_keys=False,
     )
-    tokenizer = source / "tokenizer.model"
-    run["data"] = {"tokenizer": str(tokenizer.resolve()) if tokenizer.is_file() else None}
-    store.save_model(out, model, run)
+    eos_token_id = _read_json(source / _CONFIG).get("eos_token_id")
+    tokenizer, tokens = read_tokenizer(source, eos_token_id, model.config.vocab_size)
+    run["data"] = {"tokenizer": tokenizer}
+    store.save_model(out, model, run, tokens)
     (out / "recipe.yaml").write_text(recipe)
     print(f"{out}: {model.config.parameter_counts()[0] / 1e6:,.1f}M parameters from {source}; model and router in recipe.yaml")
     return 0

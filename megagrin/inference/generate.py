@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from jsonargparse import ArgumentParser
@@ -19,7 +19,8 @@ from torch import Tensor
 from megagrin import config, rng
 from megagrin.checkpoint import store
 from megagrin.data_prep.tokenizer import Tokenizer
-from megagrin.models.transformer import Transformer
+from megagrin.inference.vocabulary import load_vocabulary
+from megagrin.models.transformer import ModelConfig, Transformer
 from megagrin.nn.attention import KVCache
 
 _MASK_32 = 0xFFFFFFFF
@@ -98,6 +99,18 @@ def choose(logits_V: Tensor, sampling: Sampling, position: int) -> int:
     return int(token_V[place])
 
 
+def request_violations(model: ModelConfig, tokens: Sequence[int], sampling: Sampling) -> list[str]:
+    """Every reason why a model cannot continue these tokens, as `option: value and rule`."""
+    broken = sampling.violations()
+    if not tokens:
+        broken.append("--prompt: must hold at least one token")
+    elif len(tokens) >= model.max_positions:
+        broken.append(f"--prompt: {len(tokens)} tokens must be fewer than model.max_positions ({model.max_positions})")
+    if outside := [token for token in tokens if not 0 <= token < model.vocab_size]:
+        broken.append(f"--prompt: token id {outside[0]} must lie in [0, {model.vocab_size})")
+    return broken
+
+
 def generate(
     model: Transformer, tokens: Sequence[int], sampling: Sampling, eos_id: int | None = None, vocab_size: int | None = None
 ) -> Iterator[int]:
@@ -117,15 +130,8 @@ def generate(
         ValueError: at the first step; a bad option, an empty prompt, a prompt that leaves no position free, or an id outside the
             vocabulary.
     """
+    config.check(request_violations(model.config, tokens, sampling))
     limit = model.config.max_positions
-    broken = sampling.violations()
-    if not tokens:
-        broken.append("--prompt: must hold at least one token")
-    elif len(tokens) >= limit:
-        broken.append(f"--prompt: {len(tokens)} tokens must be fewer than model.max_positions ({limit})")
-    if outside := [token for token in tokens if not 0 <= token < model.config.vocab_size]:
-        broken.append(f"--prompt: token id {outside[0]} must lie in [0, {model.config.vocab_size})")
-    config.check(broken)
     device = model.embed.weight.device
     cache = KVCache(model.config.n_layers)
     step_BS = torch.tensor([list(tokens)], device=device)
@@ -138,19 +144,6 @@ def generate(
         if token == eos_id:
             return
         step_BS = torch.tensor([[token]], device=device)
-
-
-def load_tokenizer(path: str | None, run: dict[str, Any]) -> Tokenizer | None:
-    """The tokenizer given by an option, else by the run's configuration (`data.tokenizer`), else None.
-
-    Raises:
-        ValueError: the file is missing or is no SentencePiece model.
-    """
-    named = (run.get("data") or {}).get("tokenizer")
-    if path is None and named is not None and not Path(named).is_file():
-        raise ValueError(f"data.tokenizer of the run: {named} is not a file; name the tokenizer by --tokenizer")
-    path = path or named
-    return None if path is None else Tokenizer.load(path)
 
 
 def text_parts(tokenizer: Tokenizer, prompt: Sequence[int], new: Iterator[int]) -> Iterator[str]:
@@ -189,25 +182,35 @@ def main(argv: list[str]) -> int:
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device: cuda is not available here; use --device=cpu")
     path = store.find(Path(arguments.checkpoint))
-    run = store.read_info(path).run
-    tokenizer = load_tokenizer(arguments.tokenizer, run)
-    if tokenizer is None:
+    info = store.read_info(path)
+    vocabulary = load_vocabulary(arguments.tokenizer, path, info)
+    if vocabulary is None:
         raise ValueError(f"{path}: its run names no data.tokenizer; name the tokenizer by --tokenizer")
-    prompt = tokenizer.encode(arguments.prompt)
-    if not prompt:
-        raise ValueError("--prompt: must not be empty")
+    prompt = vocabulary.prompt_ids(arguments.prompt)
+    config.check(request_violations(ModelConfig(**info.run["model"]), prompt, sampling))  # before weights are read
     model, _ = store.load_model(path)
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise ValueError(
-            f"{tokenizer.path}: {tokenizer.vocab_size} pieces must not exceed model.vocab_size ({model.config.vocab_size})"
-        )
-    new = generate(model.to(arguments.device), prompt, sampling, tokenizer.eos_id, tokenizer.vocab_size)
-    parts = text_parts(tokenizer, prompt, new)
+    tokenizer = vocabulary.tokenizer
+    new: list[int] = []
+    tokens = generate(model.to(arguments.device), prompt, sampling, vocabulary.end_id, tokenizer.vocab_size)
+    parts = text_parts(tokenizer, prompt, _kept(tokens, new))
     if not arguments.stream:
         parts = iter(["".join(parts)])
     sys.stdout.write(arguments.prompt)
     for part in parts:
         sys.stdout.write(part)
         sys.stdout.flush()
-    print()
+    print(flush=True)
+    if len(new) < sampling.max_new_tokens and new[-1] != vocabulary.end_id:
+        print(
+            f"megagrin: generation ended after {len(new)} of {sampling.max_new_tokens} tokens (--max_new_tokens): the prompt's "
+            f"{len(prompt)} and these fill model.max_positions ({model.config.max_positions})",
+            file=sys.stderr,
+        )
     return 0
+
+
+def _kept(tokens: Iterator[int], into: list[int]) -> Iterator[int]:
+    """Pass tokens on as they come, and keep them."""
+    for token in tokens:
+        into.append(token)
+        yield token

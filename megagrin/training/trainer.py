@@ -8,6 +8,7 @@ import torch
 from megagrin import config
 from megagrin.checkpoint import store
 from megagrin.checkpoint.store import CheckpointInfo
+from megagrin.checkpoint.tokens import Candidate, mismatch, token_source
 from megagrin.data.loader import Batch, GlobalBatches, evaluation_batches
 from megagrin.distributed.mesh import ParallelMesh, build_mesh
 from megagrin.distributed.runtime import Runtime
@@ -63,6 +64,7 @@ class Trainer:
             seed=run.train.seed,
             **common,
         )
+        self.tokens = token_source(run.data.train, run.data.tokenizer)
         self.valid: list[Batch] = []
         if run.data.valid is not None:
             self.valid = evaluation_batches(
@@ -88,14 +90,17 @@ class Trainer:
         if found:
             info = store.read_info(found[-1])
             self._refuse_changes(info, found[-1])
+            self._refuse_tokenizer("data.tokenizer", found[-1], info)
             self.engine.load(found[-1], info.step)
             return info.step
         if self.run.train.init_from is not None:
             source = store.find(Path(self.run.train.init_from))
-            saved = store.read_info(source).run["model"]
+            info = store.read_info(source)
+            saved = info.run["model"]
             changes = config.changed_fields(saved, dataclasses.asdict(self.run.model))
             if changes := [change for change in changes if not change.startswith("preset:")]:
                 raise ValueError(f"train.init_from: {source} holds another model: {'; '.join(changes)}")
+            self._refuse_tokenizer("train.init_from", source, info)
             weights = self.engine.state(optimizer=False)
             store.load(source, weights)
             self.engine.load_state(weights, 0)
@@ -104,7 +109,7 @@ class Trainer:
     def save(self, step: int) -> Path:
         """Commit a checkpoint after `step` optimizer steps and delete what is not kept."""
         samples = step * self.run.train.global_batch_size
-        info = CheckpointInfo(step, samples, dataclasses.asdict(self.run), self.batches.fingerprint)
+        info = CheckpointInfo(step, samples, dataclasses.asdict(self.run), self.batches.fingerprint, self.tokens)
         path = store.commit(self.run_dir, info, lambda folder: self.engine.save(folder, self.run.checkpoint.format))
         if self.runtime.is_main:
             store.prune(self.run_dir, self.run.checkpoint.keep)
@@ -113,6 +118,11 @@ class Trainer:
     def evaluate(self) -> float:
         """Mean cross entropy over the validation samples, nats per token."""
         return self.engine.evaluate(self.valid)
+
+    def _refuse_tokenizer(self, setting: str, path: Path, info: CheckpointInfo) -> None:
+        candidate = Candidate(setting, self.run.data.tokenizer, self.tokens.tokenizer_sha256)
+        if reason := mismatch(candidate, path, info):
+            raise ValueError(reason)
 
     def _refuse_changes(self, info: CheckpointInfo, path: Path) -> None:
         changes = config.changed_fields(info.run, dataclasses.asdict(self.run))

@@ -14,10 +14,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PhimoeConfig, PhimoeForCausalLM
 
 from megagrin.checkpoint import store
+from megagrin.checkpoint.store import TokenSource
 from megagrin.cli import run_command
 from megagrin.data_prep.tokenizer import Tokenizer
 from megagrin.hf import folder
 from megagrin.hf.folder import ExportOptions, export_model, import_model, plan_shards
+from megagrin.inference.vocabulary import framed
 from megagrin.models.transformer import ModelConfig, Transformer
 from megagrin.training.run_config import parse_config
 
@@ -312,12 +314,12 @@ class TestCommands:
 
 def test_tokenizer_larger_than_model(small_tokenizer: Tokenizer, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"pieces must not exceed model\.vocab_size \(131\)"):
-        export_model(random_model(), ROUTER, small_tokenizer, tmp_path / "out", _FP32)
+        export_model(random_model(), ROUTER, framed(small_tokenizer, TokenSource()), tmp_path / "out", _FP32)
 
 
 def test_ids_and_tokenizer_reach_the_export(small_tokenizer: Tokenizer, tmp_path: Path) -> None:
     model = random_model(replace(BASE, vocab_size=small_tokenizer.vocab_size + 7))
-    export_model(model, ROUTER, small_tokenizer, tmp_path / "out", _FP32)
+    export_model(model, ROUTER, framed(small_tokenizer, TokenSource()), tmp_path / "out", _FP32)
     loaded = _load(tmp_path / "out")
     assert (loaded.config.bos_token_id, loaded.config.eos_token_id) == (1, 2)
     assert (loaded.generation_config.eos_token_id, loaded.generation_config.pad_token_id) == (2, 2)

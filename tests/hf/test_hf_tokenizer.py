@@ -12,8 +12,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
+from megagrin.checkpoint.store import TokenSource
 from megagrin.data_prep.tokenizer import Tokenizer, TokenizerConfig, train_tokenizer
 from megagrin.hf.tokenizer import convert, write_tokenizer
+from megagrin.inference.vocabulary import framed
 
 _HARD = [
     "",
@@ -37,7 +39,7 @@ _HARD = [
 @pytest.fixture(scope="module")
 def exported(small_tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("exported")
-    write_tokenizer(small_tokenizer, folder, max_positions=64)
+    write_tokenizer(framed(small_tokenizer, TokenSource()), folder, max_positions=64)
     return AutoTokenizer.from_pretrained(folder)
 
 
