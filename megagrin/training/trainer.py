@@ -5,7 +5,6 @@ from pathlib import Path
 
 import torch
 
-from megagrin import config
 from megagrin.checkpoint import store
 from megagrin.checkpoint.store import CheckpointInfo
 from megagrin.data.loader import Batch, GlobalBatches, evaluation_batches
@@ -14,20 +13,10 @@ from megagrin.distributed.runtime import Runtime
 from megagrin.engines.base import Engine
 from megagrin.engines.deepspeed import DeepSpeedEngine
 from megagrin.engines.native import NativeEngine
+from megagrin.training.resume import find_start
 from megagrin.training.run_config import RunConfig
 
 ENGINES: dict[str, type[Engine]] = {"native": NativeEngine, "deepspeed": DeepSpeedEngine}
-
-# What a resumed run may not change: another model cannot take the weights, and another batch or seed would be another run.
-FIXED_ON_RESUME = (
-    "model",
-    "router",
-    "train.seed",
-    "train.seq_len",
-    "train.global_batch_size",
-    "data.shuffle",
-    "data.document_attention",
-)
 
 
 def build_engine(run: RunConfig, mesh: ParallelMesh, device: torch.device) -> Engine:
@@ -84,22 +73,16 @@ class Trainer:
         Raises:
             ValueError: the checkpoint belongs to another model, seed, batch or token file.
         """
-        found = store.checkpoints(self.run_dir)
-        if found:
-            info = store.read_info(found[-1])
-            self._refuse_changes(info, found[-1])
-            self.engine.load(found[-1], info.step)
-            return info.step
-        if self.run.train.init_from is not None:
-            source = store.find(Path(self.run.train.init_from))
-            saved = store.read_info(source).run["model"]
-            changes = config.changed_fields(saved, dataclasses.asdict(self.run.model))
-            if changes := [change for change in changes if not change.startswith("preset:")]:
-                raise ValueError(f"train.init_from: {source} holds another model: {'; '.join(changes)}")
+        start = find_start(self.run, self.batches.fingerprint)
+        if start.checkpoint is None:
+            return 0
+        if start.weights_only:
             weights = self.engine.state(optimizer=False)
-            store.load(source, weights)
+            store.load(start.checkpoint, weights)
             self.engine.load_state(weights, 0)
-        return 0
+        else:
+            self.engine.load(start.checkpoint, start.step)
+        return start.step
 
     def save(self, step: int) -> Path:
         """Commit a checkpoint after `step` optimizer steps and delete what is not kept."""
@@ -113,14 +96,3 @@ class Trainer:
     def evaluate(self) -> float:
         """Mean cross entropy over the validation samples, nats per token."""
         return self.engine.evaluate(self.valid)
-
-    def _refuse_changes(self, info: CheckpointInfo, path: Path) -> None:
-        changes = config.changed_fields(info.run, dataclasses.asdict(self.run))
-        fixed = [change for change in changes if change.startswith(FIXED_ON_RESUME) and not change.startswith("model.preset:")]
-        if info.data and info.data != self.batches.fingerprint:
-            fixed.append(f"data.train: the token file {self.run.data.train} has other contents")
-        if fixed:
-            raise ValueError(
-                f"train.run_dir: {path} was trained with other settings ({'; '.join(fixed)}); "
-                "take another run_dir, or the old settings"
-            )
