@@ -31,6 +31,7 @@ from megagrin.engines.zero_settings import deepspeed_settings
 from megagrin.engines.zero_state import MOMENTS, ZeroState
 from megagrin.models.init import init_parameter
 from megagrin.models.transformer import Output, Transformer
+from megagrin.optim.optimizer import decays
 from megagrin.parallel.pipeline import MicroBatch, run_part
 
 
@@ -99,7 +100,7 @@ class DeepSpeedEngine(Engine):
         groups: dict[tuple[Any, ...], dict[str, Any]] = {}
         for name, parameter in named.items():
             placed = self.placed[name]
-            decay = optim.weight_decay if len(placed.shape) > 1 and not name.endswith("norm.weight") else 0.0
+            decay = optim.weight_decay if decays(name, len(placed.shape)) else 0.0
             group_name = self._groups.name(placed.axis)
             key = (group_name, placed.replicas, decay)
             group = {"params": [], "weight_decay": decay, "name": group_name or "dense"} | ({"moe": True} if group_name else {})

@@ -4,16 +4,17 @@ import dataclasses
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from megagrin.checkpoint import store
 from megagrin.checkpoint.store import CheckpointInfo
-from megagrin.data.loader import Batch, GlobalBatches, evaluation_batches
+from megagrin.data.loader import IGNORED_LABEL, Batch, GlobalBatches, evaluation_batches
 from megagrin.distributed.mesh import ParallelMesh, build_mesh
 from megagrin.distributed.runtime import Runtime
 from megagrin.engines.base import Engine
 from megagrin.engines.deepspeed import DeepSpeedEngine
 from megagrin.engines.native import NativeEngine
-from megagrin.training.resume import find_start
+from megagrin.training.resume import Start, find_start
 from megagrin.training.run_config import RunConfig
 
 ENGINES: dict[str, type[Engine]] = {"native": NativeEngine, "deepspeed": DeepSpeedEngine}
@@ -62,27 +63,35 @@ class Trainer:
                 dp_size=self.mesh.dp_size,
                 **common,
             )
+            self._require_labels()
         self.engine = build_engine(run, self.mesh, runtime.device)
 
-    def resume(self) -> int:
+    def _require_labels(self) -> None:
+        labelled = torch.stack([(batch.labels_BS != IGNORED_LABEL).sum() for batch in self.valid]).sum().to(self.runtime.device)
+        dist.all_reduce(labelled, group=self.mesh.group("dp"))
+        if labelled == 0:
+            hint = "; with data.document_attention a document of one token has none" if self.run.data.document_attention else ""
+            raise ValueError(f"data.valid: {self.run.data.valid}: no token of the evaluation has a label{hint}")
+
+    def resume(self) -> Start:
         """Continue from the newest checkpoint of the run folder, or take weights from train.init_from.
 
         Returns:
-            Optimizer steps already done.
+            Where the run starts from.
 
         Raises:
-            ValueError: the checkpoint belongs to another model, seed, batch or token file.
+            ValueError: the checkpoint belongs to another model, seed, batch or token file, or to more steps than are asked for.
         """
         start = find_start(self.run, self.batches.fingerprint)
         if start.checkpoint is None:
-            return 0
+            return start
         if start.weights_only:
             weights = self.engine.state(optimizer=False)
             store.load(start.checkpoint, weights)
             self.engine.load_state(weights, 0)
         else:
             self.engine.load(start.checkpoint, start.step)
-        return start.step
+        return start
 
     def save(self, step: int) -> Path:
         """Commit a checkpoint after `step` optimizer steps and delete what is not kept."""
