@@ -77,10 +77,9 @@ def test_curve_of_transformers(steps: int, warmup: int, decay: int) -> None:
 
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
     cosine = optimization.get_cosine_with_min_lr_schedule_with_warmup(optimizer, warmup, steps, min_lr_rate=0.1)
-    wsd = optimization.get_wsd_schedule(
-        optimizer, warmup, decay, num_training_steps=steps, decay_type="linear", min_lr_ratio=0.1
-    )
+    # Its warm-up begins at the floor, ours at 0: one curve where the floor is 0.
+    wsd = optimization.get_wsd_schedule(optimizer, warmup, decay, num_training_steps=steps, decay_type="linear")
     constant = optimization.get_constant_schedule_with_warmup(optimizer, warmup)
-    for schedule, theirs in (("cosine", cosine), ("wsd", wsd), ("constant", constant)):
-        ours = rates(steps, schedule=schedule, warmup_steps=warmup, decay_fraction=decay / steps, min_lr_ratio=0.1)
+    for schedule, theirs, floor in (("cosine", cosine, 0.1), ("wsd", wsd, 0.0), ("constant", constant, 0.1)):
+        ours = rates(steps, schedule=schedule, warmup_steps=warmup, decay_fraction=decay / steps, min_lr_ratio=floor)
         assert ours == pytest.approx([theirs.lr_lambdas[0](step + 1) for step in range(steps)], abs=1e-12), schedule
