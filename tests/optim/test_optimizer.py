@@ -145,7 +145,7 @@ def one_step() -> dict[str, float]:
     norm = math.sqrt(sum(g.square().sum().item() for g in gradients.values() if g is not None))
     evaluated = engine.evaluate(batches)
     result = engine.train_step(batches, 0, 1e-3)
-    factor = min(1.0, 0.5 / norm)
+    factor = min(1.0, 0.5 / (norm + 1e-6))  # as torch.nn.utils.clip_grad_norm_
     off = max((full_of(seen[n]) - g * factor).abs().max().item() for n, g in gradients.items() if g is not None)
     rates = {group["lr"] for group in engine.optimizer.param_groups}
     assert rates == {1e-3}
