@@ -172,15 +172,21 @@ class Engine(ABC):
             lr: learning rate of this step.
 
         Raises:
+            ValueError: no token of the global batch has a label; every rank says so, and nothing was changed.
             FloatingPointError: the gradient norm is not finite; the weights were not changed.
         """
         batches = [batch.to(self.device) for batch in micro_batches]
         routed, labelled = self._global_tokens(batches)
+        if labelled == 0:
+            raise ValueError(
+                f"step {step + 1}: no token of the global batch from data.train has a label, there is nothing to learn; "
+                "with data.document_attention a document of one token has none"
+            )
         inputs: list[MicroBatch] = []
         for batch in (slice_batch(batch, self.mesh) for batch in batches):
             draws = Draws(self.seed, step, sequence_slice(batch.token_index_BS, self.mesh).flatten())
             inputs.append((batch, TrainRouting(draws, routed, self.previous_f_LE, self.mesh.group("tokens"))))
-        sums = self.forward_backward(inputs, max(1, labelled))
+        sums = self.forward_backward(inputs, labelled)
         norm = self.update(step, lr)
         return self._result(sums, routed, labelled, norm)
 
@@ -250,6 +256,9 @@ class Engine(ABC):
         """Mean cross entropy per labelled token over all ranks' batches, with deterministic routing.
 
         Every rank must bring the same number of batches: sharded parameters are gathered by all ranks together.
+
+        Raises:
+            ValueError: no token of any batch has a label; every rank says so.
         """
         total = torch.zeros(2, dtype=torch.float64, device=self.device)
         on_device = [slice_batch(batch.to(self.device), self.mesh) for batch in batches]
@@ -257,7 +266,9 @@ class Engine(ABC):
             if self._reports_loss:
                 total += torch.stack([loss_sum.double(), (batch.labels_BS != IGNORED_LABEL).sum().double()])
         dist.all_reduce(total)
-        return (total[0] / total[1].clamp_min(1)).item()
+        if total[1] == 0:
+            raise ValueError("data.valid: no token of the evaluation has a label, its mean loss is not defined")
+        return (total[0] / total[1]).item()
 
     def pack(self, output: Output) -> Tensor:
         """Loss and statistics of a micro-batch as one fp64 vector: one all-reduce a step. Counts stay exact below 2^53."""
@@ -293,7 +304,7 @@ class Engine(ABC):
 
     def _result(self, sums: Tensor, routed: int, labelled: int, norm: Tensor) -> StepResult:
         dist.all_reduce(sums)
-        loss = sums[0].item() / max(1, labelled)
+        loss = sums[0].item() / labelled
         if not self.is_moe:
             return StepResult(loss, 0.0, 0.0, norm.item(), None)
         stats = _unpack(sums[1:], self.previous_f_LE.shape)

@@ -31,6 +31,7 @@ from megagrin.engines.zero_settings import deepspeed_settings
 from megagrin.engines.zero_state import MOMENTS, ZeroState
 from megagrin.models.init import init_parameter
 from megagrin.models.transformer import Output, Transformer
+from megagrin.optim.optimizer import decays
 from megagrin.parallel.pipeline import MicroBatch, run_part
 
 
@@ -93,24 +94,29 @@ class DeepSpeedEngine(Engine):
                 )
                 swapper = partitioned.param_swapper
 
-    def _optimizer(self, named: dict[str, nn.Parameter]) -> torch.optim.Optimizer:
-        """AdamW with one group per kind and decay, so that what DeepSpeed makes flat has one group of ranks, and one count."""
+    def parameter_groups(self, named: dict[str, nn.Parameter]) -> list[dict[str, Any]]:
+        """One group per kind and decay, so that what DeepSpeed makes flat has one group of ranks, and one count."""
         optim = self.optim_config
         groups: dict[tuple[Any, ...], dict[str, Any]] = {}
         for name, parameter in named.items():
             placed = self.placed[name]
-            decay = optim.weight_decay if len(placed.shape) > 1 and not name.endswith("norm.weight") else 0.0
+            decay = optim.weight_decay if decays(name, len(placed.shape)) else 0.0
             group_name = self._groups.name(placed.axis)
             key = (group_name, placed.replicas, decay)
             group = {"params": [], "weight_decay": decay, "name": group_name or "dense"} | ({"moe": True} if group_name else {})
             groups.setdefault(key, group)["params"].append(parameter)
+        return list(groups.values())
+
+    def _optimizer(self, named: dict[str, nn.Parameter]) -> torch.optim.Optimizer:
+        """AdamW, DeepSpeed's own where it runs on the CPU for offload."""
+        optim, groups = self.optim_config, self.parameter_groups(named)
         options: dict[str, Any] = {"lr": optim.lr, "betas": (optim.beta1, optim.beta2), "eps": optim.eps}
         if self.config.offload_optimizer != "none":
             from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-            offloaded: torch.optim.Optimizer = DeepSpeedCPUAdam(list(groups.values()), adamw_mode=True, **options)
+            offloaded: torch.optim.Optimizer = DeepSpeedCPUAdam(groups, adamw_mode=True, **options)
             return offloaded
-        return torch.optim.AdamW(list(groups.values()), fused=True, **options)
+        return torch.optim.AdamW(groups, fused=True, **options)
 
     def _write_initial_weights(self) -> None:
         """The initial weights of the native engine, made in the shards in which they are written."""

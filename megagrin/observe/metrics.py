@@ -146,12 +146,15 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 
 def _keep_until(path: Path, step: int) -> None:
-    """Drop the rows after `step`, which a resumed run makes anew, and a torn last line; atomically."""
+    """Drop the rows that a run resumed after `step` makes anew, and a torn last line; atomically.
+
+    A run that starts at 0 evaluates before its first step, too: none of its rows stay.
+    """
     temporary = path.with_name(path.name + ".tmp")
     dropped = 0
     with temporary.open("wb") as file:
         for line, row in _lines(path):
-            if row["step"] <= step:
+            if step and row["step"] <= step:
                 file.write(line + b"\n")
             else:
                 dropped += 1

@@ -129,7 +129,7 @@ class TensorBoardTracker:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise ImportError("metrics.tensorboard needs tensorboard: pip install 'megagrin[tensorboard]'") from error
-        self._writer = SummaryWriter(str(folder), purge_step=resume_step + 1 if resume_step else None)
+        self._writer = SummaryWriter(str(folder), purge_step=resume_step + 1 if resume_step else 0)
 
     def log(self, step: int, record: Mapping[str, Any]) -> None:
         for name, value in scalars(record).items():

@@ -19,11 +19,11 @@ class OptimConfig:
         kind: adamw; or muon, which orthogonalises the update of every matrix (of each expert separately) and leaves embedding,
             head, routers, norms and biases to AdamW.
         lr: peak learning rate; the same for both kinds, as Muon's updates are scaled to AdamW's.
-        min_lr_ratio: final learning rate as a fraction of lr.
+        min_lr_ratio: learning rate of the last step as a fraction of lr.
         schedule: cosine decays from warm-up to the end; wsd stays at the peak and decays linearly in the last decay_fraction of
-            the steps; constant stays.
-        warmup_steps: steps of linear warm-up from 0.
-        decay_fraction: wsd only.
+            the steps, after warm-up; constant stays. See `megagrin.optim.schedule.learning_rate`.
+        warmup_steps: steps of linear warm-up; the first has lr / warmup_steps, the last has lr.
+        decay_fraction: wsd only; rounded up to whole steps.
         beta1: AdamW's first moment.
         beta2: AdamW's second moment.
         eps: AdamW's epsilon.
@@ -84,11 +84,16 @@ def build_optimizer(model: nn.Module, config: OptimConfig, dtype: torch.dtype) -
     return Muon(adamw, matrices, config.lr, config.weight_decay, config.muon_momentum, dtype)
 
 
+def decays(name: str, dimensions: int) -> bool:
+    """Whether weight decay takes a parameter: matrices and stacks of them, embedding and head included; no bias, no norm."""
+    return dimensions > 1 and not name.endswith(("norm.weight", "bias"))
+
+
 def _build_adamw(named: list[tuple[str, nn.Parameter]], config: OptimConfig) -> torch.optim.Optimizer:
     """Fused AdamW with one group per (mesh, decay): a fused step takes tensors of one mesh only."""
     groups: dict[tuple[object, bool], list[nn.Parameter]] = {}
     for name, parameter in named:
-        decay = parameter.dim() > 1 and not name.endswith("norm.weight")
+        decay = decays(name, parameter.dim())
         mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
         groups.setdefault((mesh, decay), []).append(parameter)
     listed = [{"params": params, "weight_decay": config.weight_decay if decay else 0.0} for (_, decay), params in groups.items()]

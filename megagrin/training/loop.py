@@ -14,6 +14,7 @@ from megagrin.observe.metrics import MetricsLogger, expert_load
 from megagrin.optim.schedule import learning_rate
 from megagrin.planning.flops import flops_per_token, model_flops_utilization, peak_flops
 from megagrin.training import rules
+from megagrin.training.resume import Start
 from megagrin.training.run_config import RunConfig, describe, parse_config
 from megagrin.training.trainer import Trainer
 
@@ -48,13 +49,12 @@ def train(run: RunConfig, runtime: Runtime) -> None:
     """Train until `train.steps` optimizer steps are done, from wherever the run folder stands."""
     run_dir = Path(run.train.run_dir)
     trainer = Trainer(run, runtime)
-    start = trainer.resume()
+    begun = trainer.resume()
+    start = begun.step
     if runtime.is_main:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        config.save(run, run_dir / "config.yaml")
-        print(describe(run, runtime.world_size), flush=True)
-        if start:
-            print(f"resumed  after step {start}", flush=True)
+        _announce(run, runtime, begun)
+    if start == run.train.steps:
+        return
     logger = MetricsLogger(run.metrics, run_dir, dataclasses.asdict(run), start, run.train.steps) if runtime.is_main else None
     rates = _Rates(run, runtime)
     saved = start
@@ -80,6 +80,32 @@ def train(run: RunConfig, runtime: Runtime) -> None:
             logger.close()
     if runtime.is_main:
         print(f"done     {run.train.steps} steps, checkpoint of step {saved} in {run_dir}", flush=True)
+
+
+def _announce(run: RunConfig, runtime: Runtime, start: Start) -> None:
+    """Keep the settings in the run folder, and print them and what they change."""
+    run_dir = Path(run.train.run_dir)
+    print(describe(run, runtime.world_size), flush=True)
+    if start.step == run.train.steps:
+        print(f"done     nothing to do: train.steps is {run.train.steps}, and {start.checkpoint} has done them", flush=True)
+        return
+    run_dir.mkdir(parents=True, exist_ok=True)
+    _keep_config(run, run_dir, start.step)
+    if start.step:
+        print(f"resumed  after step {start.step}", flush=True)
+    for change in start.changes:
+        print(f"changed  {change}", flush=True)
+    if start.warning:
+        print(f"warning  {start.warning}", flush=True)
+
+
+def _keep_config(run: RunConfig, run_dir: Path, step: int) -> None:
+    """Write config.yaml, and, where it says something new, config.step_<N>.yaml: the settings from step N on."""
+    newest = run_dir / "config.yaml"
+    before = newest.read_bytes() if newest.exists() else b""
+    config.save(run, newest)
+    if newest.read_bytes() != before:
+        config.save(run, run_dir / f"config.step_{step:08d}.yaml")
 
 
 def _evaluate(trainer: Trainer, done: int, logger: MetricsLogger | None) -> None:

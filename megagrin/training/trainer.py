@@ -4,31 +4,21 @@ import dataclasses
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
-from megagrin import config
 from megagrin.checkpoint import store
 from megagrin.checkpoint.store import CheckpointInfo
-from megagrin.checkpoint.tokens import Candidate, mismatch, token_source
-from megagrin.data.loader import Batch, GlobalBatches, evaluation_batches
+from megagrin.checkpoint.tokens import token_source
+from megagrin.data.loader import IGNORED_LABEL, Batch, GlobalBatches, evaluation_batches
 from megagrin.distributed.mesh import ParallelMesh, build_mesh
 from megagrin.distributed.runtime import Runtime
 from megagrin.engines.base import Engine
 from megagrin.engines.deepspeed import DeepSpeedEngine
 from megagrin.engines.native import NativeEngine
+from megagrin.training.resume import Start, find_start
 from megagrin.training.run_config import RunConfig
 
 ENGINES: dict[str, type[Engine]] = {"native": NativeEngine, "deepspeed": DeepSpeedEngine}
-
-# What a resumed run may not change: another model cannot take the weights, and another batch or seed would be another run.
-FIXED_ON_RESUME = (
-    "model",
-    "router",
-    "train.seed",
-    "train.seq_len",
-    "train.global_batch_size",
-    "data.shuffle",
-    "data.document_attention",
-)
 
 
 def build_engine(run: RunConfig, mesh: ParallelMesh, device: torch.device) -> Engine:
@@ -75,36 +65,35 @@ class Trainer:
                 dp_size=self.mesh.dp_size,
                 **common,
             )
+            self._require_labels()
         self.engine = build_engine(run, self.mesh, runtime.device)
 
-    def resume(self) -> int:
+    def _require_labels(self) -> None:
+        labelled = torch.stack([(batch.labels_BS != IGNORED_LABEL).sum() for batch in self.valid]).sum().to(self.runtime.device)
+        dist.all_reduce(labelled, group=self.mesh.group("dp"))
+        if labelled == 0:
+            hint = "; with data.document_attention a document of one token has none" if self.run.data.document_attention else ""
+            raise ValueError(f"data.valid: {self.run.data.valid}: no token of the evaluation has a label{hint}")
+
+    def resume(self) -> Start:
         """Continue from the newest checkpoint of the run folder, or take weights from train.init_from.
 
         Returns:
-            Optimizer steps already done.
+            Where the run starts from.
 
         Raises:
-            ValueError: the checkpoint belongs to another model, seed, batch or token file.
+            ValueError: the checkpoint belongs to another model, seed, batch or token file, or to more steps than are asked for.
         """
-        found = store.checkpoints(self.run_dir)
-        if found:
-            info = store.read_info(found[-1])
-            self._refuse_changes(info, found[-1])
-            self._refuse_tokenizer("data.tokenizer", found[-1], info)
-            self.engine.load(found[-1], info.step)
-            return info.step
-        if self.run.train.init_from is not None:
-            source = store.find(Path(self.run.train.init_from))
-            info = store.read_info(source)
-            saved = info.run["model"]
-            changes = config.changed_fields(saved, dataclasses.asdict(self.run.model))
-            if changes := [change for change in changes if not change.startswith("preset:")]:
-                raise ValueError(f"train.init_from: {source} holds another model: {'; '.join(changes)}")
-            self._refuse_tokenizer("train.init_from", source, info)
+        start = find_start(self.run, self.batches.fingerprint)
+        if start.checkpoint is None:
+            return start
+        if start.weights_only:
             weights = self.engine.state(optimizer=False)
-            store.load(source, weights)
+            store.load(start.checkpoint, weights)
             self.engine.load_state(weights, 0)
-        return 0
+        else:
+            self.engine.load(start.checkpoint, start.step)
+        return start
 
     def save(self, step: int) -> Path:
         """Commit a checkpoint after `step` optimizer steps and delete what is not kept."""
@@ -118,19 +107,3 @@ class Trainer:
     def evaluate(self) -> float:
         """Mean cross entropy over the validation samples, nats per token."""
         return self.engine.evaluate(self.valid)
-
-    def _refuse_tokenizer(self, setting: str, path: Path, info: CheckpointInfo) -> None:
-        candidate = Candidate(setting, self.run.data.tokenizer, self.tokens.tokenizer_sha256)
-        if reason := mismatch(candidate, path, info):
-            raise ValueError(reason)
-
-    def _refuse_changes(self, info: CheckpointInfo, path: Path) -> None:
-        changes = config.changed_fields(info.run, dataclasses.asdict(self.run))
-        fixed = [change for change in changes if change.startswith(FIXED_ON_RESUME) and not change.startswith("model.preset:")]
-        if info.data and info.data != self.batches.fingerprint:
-            fixed.append(f"data.train: the token file {self.run.data.train} has other contents")
-        if fixed:
-            raise ValueError(
-                f"train.run_dir: {path} was trained with other settings ({'; '.join(fixed)}); "
-                "take another run_dir, or the old settings"
-            )
