@@ -16,12 +16,12 @@ from typing import Any, Literal
 
 import torch
 import yaml
-from jsonargparse import ArgumentParser
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from megagrin import config
+from megagrin.arguments import CommandParser
 from megagrin.checkpoint import store
 from megagrin.data_prep.tokenizer import Tokenizer
 from megagrin.hf.mapping import Layout, from_hf_config, hf_views, stored_shape, to_hf_config
@@ -326,9 +326,7 @@ def main_export(argv: list[str]) -> int:
     Raises:
         ValueError, OSError, ImportError: see `export_model`.
     """
-    parser = ArgumentParser(
-        prog="megagrin export-hf", description="Write a checkpoint as a PhimoeForCausalLM folder.", allow_abbrev=False
-    )
+    parser = CommandParser(prog="megagrin export-hf", description="Write a checkpoint as a PhimoeForCausalLM folder.")
     parser.add_argument("--checkpoint", type=str, required=True, help="checkpoint folder, or run folder (its newest checkpoint)")
     parser.add_argument("--out", type=str, required=True, help="folder to create")
     parser.add_argument("--tokenizer", type=str | None, default=None, help="SentencePiece model (default: data.tokenizer)")
@@ -357,9 +355,7 @@ def main_import(argv: list[str]) -> int:
     Raises:
         ValueError, OSError: see `import_model`; the target exists.
     """
-    parser = ArgumentParser(
-        prog="megagrin import-hf", description="Read a PhimoeForCausalLM folder into a checkpoint.", allow_abbrev=False
-    )
+    parser = CommandParser(prog="megagrin import-hf", description="Read a PhimoeForCausalLM folder into a checkpoint.")
     parser.add_argument("--source", type=str, required=True, help="folder with config.json and safetensors weights")
     parser.add_argument("--out", type=str, required=True, help="checkpoint folder to create")
     arguments = parser.parse_args(argv)

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from jsonargparse import ArgumentParser
 from torch import Tensor
 
 from megagrin import config, rng
+from megagrin.arguments import CommandParser, about
 from megagrin.checkpoint import store
 from megagrin.data_prep.tokenizer import Tokenizer
 from megagrin.models.transformer import Transformer
@@ -149,8 +149,9 @@ def load_tokenizer(path: str | None, run: dict[str, Any]) -> Tokenizer | None:
     named = (run.get("data") or {}).get("tokenizer")
     if path is None and named is not None and not Path(named).is_file():
         raise ValueError(f"data.tokenizer of the run: {named} is not a file; name the tokenizer by --tokenizer")
-    path = path or named
-    return None if path is None else Tokenizer.load(path)
+    with about("data.tokenizer of the run" if path is None else "--tokenizer"):
+        path = named if path is None else path
+        return None if path is None else Tokenizer.load(path)
 
 
 def text_parts(tokenizer: Tokenizer, prompt: Sequence[int], new: Iterator[int]) -> Iterator[str]:
@@ -176,7 +177,7 @@ def main(argv: list[str]) -> int:
     Raises:
         ValueError: see `generate`; no checkpoint or no tokenizer.
     """
-    parser = ArgumentParser(prog="megagrin generate", description="Continue a prompt with a trained model.", allow_abbrev=False)
+    parser = CommandParser(prog="megagrin generate", description="Continue a prompt with a trained model.")
     parser.add_argument("--checkpoint", type=str, required=True, help="checkpoint folder, or run folder (its newest checkpoint)")
     parser.add_argument("--prompt", type=str, required=True, help="text to continue")
     parser.add_argument("--tokenizer", type=str | None, default=None, help="SentencePiece model (default: data.tokenizer)")
@@ -188,15 +189,17 @@ def main(argv: list[str]) -> int:
     config.check(sampling.violations())
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device: cuda is not available here; use --device=cpu")
-    path = store.find(Path(arguments.checkpoint))
-    run = store.read_info(path).run
+    with about("--checkpoint"):
+        path = store.find(Path(arguments.checkpoint))
+        run = store.read_info(path).run
     tokenizer = load_tokenizer(arguments.tokenizer, run)
     if tokenizer is None:
-        raise ValueError(f"{path}: its run names no data.tokenizer; name the tokenizer by --tokenizer")
+        raise ValueError(f"--checkpoint: {path}: its run names no data.tokenizer; name the tokenizer by --tokenizer")
     prompt = tokenizer.encode(arguments.prompt)
     if not prompt:
         raise ValueError("--prompt: must not be empty")
-    model, _ = store.load_model(path)
+    with about("--checkpoint"):
+        model, _ = store.load_model(path)
     if tokenizer.vocab_size > model.config.vocab_size:
         raise ValueError(
             f"{tokenizer.path}: {tokenizer.vocab_size} pieces must not exceed model.vocab_size ({model.config.vocab_size})"

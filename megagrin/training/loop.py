@@ -20,10 +20,10 @@ from megagrin.training.trainer import Trainer
 
 def main(argv: list[str]) -> int:
     """Parse, check, train."""
-    run, options = parse_config(argv, _add_options)
-    world_size = options.world_size or world_size_from_environment()
+    run, options = parse_config(argv, OPTIONS)
+    world_size = _world_size(options)
     config.check(rules.violations(run, world_size))
-    if options.dry_run:
+    if options["dry_run"]:
         _check_files(run)
         print(describe(run, world_size))
         return 0
@@ -32,9 +32,22 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _add_options(parser: Any) -> None:
-    parser.add_argument("--dry_run", action="store_true", help="check configuration and data files, say what would run, and stop")
-    parser.add_argument("--world_size", type=int, default=0, help="with --dry_run: ranks to check the layout for")
+OPTIONS = {
+    "dry_run": config.Option(bool, False, "check everything that can be known before a start, say what would run, and stop"),
+    "world_size": config.Option(int, None, "with --dry_run: ranks to check the layout for"),
+}
+
+
+def _world_size(options: dict[str, Any]) -> int:
+    """Ranks of the run: torchrun's, or those that a dry run is asked about."""
+    given = options["world_size"]
+    if given is None:
+        return world_size_from_environment()
+    if given < 1:
+        raise ValueError(f"--world_size: {given} must be at least 1")
+    if not options["dry_run"] and given != world_size_from_environment():
+        raise ValueError(f"--world_size: {given} needs --dry_run; ranks are started by torchrun (see launch/)")
+    return given
 
 
 def _check_files(run: RunConfig) -> None:
