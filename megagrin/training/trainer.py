@@ -14,20 +14,10 @@ from megagrin.distributed.runtime import Runtime
 from megagrin.engines.base import Engine
 from megagrin.engines.deepspeed import DeepSpeedEngine
 from megagrin.engines.native import NativeEngine
+from megagrin.training.resume import initial_weights, newest, resume_violations
 from megagrin.training.run_config import RunConfig
 
 ENGINES: dict[str, type[Engine]] = {"native": NativeEngine, "deepspeed": DeepSpeedEngine}
-
-# What a resumed run may not change: another model cannot take the weights, and another batch or seed would be another run.
-FIXED_ON_RESUME = (
-    "model",
-    "router",
-    "train.seed",
-    "train.seq_len",
-    "train.global_batch_size",
-    "data.shuffle",
-    "data.document_attention",
-)
 
 
 def build_engine(run: RunConfig, mesh: ParallelMesh, device: torch.device) -> Engine:
@@ -84,20 +74,18 @@ class Trainer:
         Raises:
             ValueError: the checkpoint belongs to another model, seed, batch or token file.
         """
-        found = store.checkpoints(self.run_dir)
-        if found:
-            info = store.read_info(found[-1])
-            self._refuse_changes(info, found[-1])
-            self.engine.load(found[-1], info.step)
+        found = newest(self.run)
+        if found is not None:
+            path, info = found
+            config.check(resume_violations(self.run, path, info, self.batches.fingerprint))
+            with config.about("train.run_dir"):
+                self.engine.load(path, info.step)
             return info.step
-        if self.run.train.init_from is not None:
-            source = store.find(Path(self.run.train.init_from))
-            saved = store.read_info(source).run["model"]
-            changes = config.changed_fields(saved, dataclasses.asdict(self.run.model))
-            if changes := [change for change in changes if not change.startswith("preset:")]:
-                raise ValueError(f"train.init_from: {source} holds another model: {'; '.join(changes)}")
+        source = initial_weights(self.run)
+        if source is not None:
             weights = self.engine.state(optimizer=False)
-            store.load(source, weights)
+            with config.about("train.init_from"):
+                store.load(source, weights)
             self.engine.load_state(weights, 0)
         return 0
 
@@ -113,14 +101,3 @@ class Trainer:
     def evaluate(self) -> float:
         """Mean cross entropy over the validation samples, nats per token."""
         return self.engine.evaluate(self.valid)
-
-    def _refuse_changes(self, info: CheckpointInfo, path: Path) -> None:
-        changes = config.changed_fields(info.run, dataclasses.asdict(self.run))
-        fixed = [change for change in changes if change.startswith(FIXED_ON_RESUME) and not change.startswith("model.preset:")]
-        if info.data and info.data != self.batches.fingerprint:
-            fixed.append(f"data.train: the token file {self.run.data.train} has other contents")
-        if fixed:
-            raise ValueError(
-                f"train.run_dir: {path} was trained with other settings ({'; '.join(fixed)}); "
-                "take another run_dir, or the old settings"
-            )
