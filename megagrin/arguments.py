@@ -85,7 +85,10 @@ def about(setting: str) -> Iterator[None]:
         yield
     except (ValueError, OSError) as error:
         text = describe(error)
-        raise ValueError(text if text.startswith(f"{setting}:") else f"{setting}: {text}") from error
+        named = ValueError(text if text.startswith(f"{setting}:") else f"{setting}: {text}")
+        for note in getattr(error, "__notes__", []):
+            named.add_note(note)
+        raise named from error
 
 
 def require_folder(setting: str, path: str | Path) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from megagrin import config
-from megagrin.checkpoint.store import CheckpointConfig
+from megagrin.checkpoint.store import MAX_STEPS, CheckpointConfig
 from megagrin.data.loader import DataConfig
 from megagrin.distributed.mesh import ParallelConfig
 from megagrin.distributed.runtime import RuntimeConfig
@@ -60,6 +60,8 @@ class TrainConfig:
             for name in ("steps", "seq_len", "global_batch_size", "micro_batch_size", "eval_samples")
             if getattr(self, name) < 1
         ]
+        if self.steps > MAX_STEPS:
+            broken.append(f"train.steps: {self.steps} must not exceed {MAX_STEPS}: checkpoints are named by eight digits")
         if not 0 <= self.seed < 1 << 63:
             broken.append(f"train.seed: {self.seed} must lie in [0, 2^63)")
         if self.eval_interval < 0:

@@ -216,7 +216,7 @@ def test_refusals(prefix: str, options: dict[str, object], message: str | None) 
 
 def test_config_violations() -> None:
     assert DataConfig().violations() == []
-    assert DataConfig(num_workers=-1).violations() == ["data.num_workers: -1 must not be negative"]
+    assert DataConfig(num_workers=-1).violations() == ["data.num_workers: -1 must lie in [0, 256]"]
 
 
 def test_negative_step(prefix: str) -> None:
