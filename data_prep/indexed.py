@@ -14,6 +14,7 @@ import os
 import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -207,10 +208,7 @@ class IndexedDataset:
 
     def __init__(self, prefix: str | Path):
         self.prefix = str(prefix)
-        bin_path, idx_path = pair_paths(prefix)
-        for path in (idx_path, bin_path):
-            if not path.is_file():
-                raise ValueError(f"{path}: no such file (a prefix is the path of a pair without .bin and .idx)")
+        bin_path, idx_path = _existing_pair(prefix)
         dtype, self.sequence_lengths_S, pointers_S, self.document_index_D = _read_index(idx_path)
         ends_S = np.cumsum(self.sequence_lengths_S, dtype=np.int64)
         if not np.array_equal(pointers_S, (ends_S - self.sequence_lengths_S) * dtype.itemsize):
@@ -218,12 +216,11 @@ class IndexedDataset:
         self.document_offsets_D: Int64Array = np.concatenate([np.zeros(1, np.int64), ends_S])[self.document_index_D]
         self.tokens = int(self.document_offsets_D[-1])
         self.documents = self.document_index_D.size - 1
-        expected, actual = self.tokens * dtype.itemsize, bin_path.stat().st_size
-        if expected != actual:
-            raise ValueError(f"{bin_path}: {actual} bytes, but its index describes {expected}: truncated or not of this pair")
+        _check_size(bin_path, self.tokens * dtype.itemsize)
         self.sidecar = read_sidecar(prefix)
         if self.sidecar is not None:
-            _check_sidecar(self.sidecar, self, idx_path, dtype)
+            _check_sidecar(self.sidecar, self, dtype)
+            _check_recorded(self.sidecar, prefix, "idx_sha256", file_sha256(idx_path))
         # An empty file cannot be mapped.
         self.tokens_T: TokenArray = np.memmap(bin_path, dtype, mode="r") if self.tokens else np.empty(0, dtype)
 
@@ -244,15 +241,63 @@ class IndexedDataset:
 
     def token_id_range(self) -> tuple[int, int]:
         """(smallest, largest) id of the file by a full scan in bounded pieces, (0, -1) when it is empty."""
-        pieces = [self.tokens_T[start : start + _COPY_TOKENS] for start in range(0, self.tokens, _COPY_TOKENS)]
-        smallest = min((int(piece.min()) for piece in pieces), default=0)
-        return smallest, max((int(piece.max()) for piece in pieces), default=-1)
+        return id_range(self.tokens_T)
 
     def fingerprint(self) -> str:
         """SHA-256 that changes when the data do: of the recorded checksums; without a sidecar of the index alone."""
         if self.sidecar is None:
             return file_sha256(pair_paths(self.prefix)[1])
         return hashlib.sha256(f"{self.sidecar.idx_sha256} {self.sidecar.bin_sha256}".encode()).hexdigest()
+
+
+def id_range(tokens_T: TokenArray) -> tuple[int, int]:
+    """(smallest, largest) id, found in bounded pieces; (0, -1) when there is none."""
+    pieces = [tokens_T[start : start + _COPY_TOKENS] for start in range(0, tokens_T.size, _COPY_TOKENS)]
+    smallest = min((int(piece.min()) for piece in pieces), default=0)
+    return smallest, max((int(piece.max()) for piece in pieces), default=-1)
+
+
+@dataclass(frozen=True)
+class Outline:
+    """What a pair of token files says of itself in its header, its last index entries and its sidecar.
+
+    Args:
+        prefix: path without suffix.
+        dtype: of the tokens.
+        documents: documents, empty ones included.
+        tokens: tokens.
+        sidecar: contents of `<prefix>.json`, or None.
+    """
+
+    prefix: str
+    dtype: np.dtype
+    documents: int
+    tokens: int
+    sidecar: Sidecar | None
+
+    def first_tokens(self, count: int) -> TokenArray:
+        """The first `count` tokens, or all of them, mapped."""
+        count = min(count, self.tokens)
+        return np.memmap(pair_paths(self.prefix)[0], self.dtype, mode="r", shape=(count,)) if count else np.empty(0, self.dtype)
+
+
+def read_outline(prefix: str | Path) -> Outline:
+    """Counts and provenance of a pair of token files, by a few reads whatever its size.
+
+    Raises:
+        ValueError: as `IndexedDataset`, as far as header, sizes and sidecar tell.
+    """
+    bin_path, idx_path = _existing_pair(prefix)
+    dtype, sequences, entries = _read_header(idx_path)
+    size = 0
+    if sequences:
+        body = np.memmap(idx_path, np.uint8, mode="r")[_HEADER.size : _HEADER.size + 12 * sequences]
+        size = int(body[-8:].view("<i8")[0]) + int(body[4 * sequences - 4 : 4 * sequences].view("<i4")[0]) * dtype.itemsize
+    _check_size(bin_path, size)
+    outline = Outline(str(prefix), dtype, entries - 1, size // dtype.itemsize, read_sidecar(prefix))
+    if outline.sidecar is not None:
+        _check_sidecar(outline.sidecar, outline, dtype)
+    return outline
 
 
 def merge(prefixes: Sequence[str | Path], output: str | Path) -> None:
@@ -276,8 +321,22 @@ def merge(prefixes: Sequence[str | Path], output: str | Path) -> None:
             writer.add_dataset(part)
 
 
-def _read_index(path: Path) -> tuple[np.dtype, npt.NDArray[np.int32], Int64Array, Int64Array]:
-    """(token dtype, sequence lengths, sequence pointers, document index) of an `.idx` file, each checked on its own."""
+def _existing_pair(prefix: str | Path) -> tuple[Path, Path]:
+    bin_path, idx_path = pair_paths(prefix)
+    for path in (idx_path, bin_path):
+        if not path.is_file():
+            raise ValueError(f"{path}: no such file (a prefix is the path of a pair without .bin and .idx)")
+    return bin_path, idx_path
+
+
+def _check_size(bin_path: Path, expected: int) -> None:
+    actual = bin_path.stat().st_size
+    if expected != actual:
+        raise ValueError(f"{bin_path}: {actual} bytes, but its index describes {expected}: truncated or not of this pair")
+
+
+def _read_header(path: Path) -> tuple[np.dtype, int, int]:
+    """(token dtype, sequences, entries of the document index) of an `.idx` file, held against its size."""
     size = path.stat().st_size
     with path.open("rb") as file:
         header = file.read(_HEADER.size)
@@ -293,6 +352,14 @@ def _read_index(path: Path) -> tuple[np.dtype, npt.NDArray[np.int32], Int64Array
     expected = _HEADER.size + 12 * sequences + 8 * entries
     if size != expected:
         raise ValueError(f"{path}: {size} bytes, but {sequences} sequences and {entries} index entries take {expected}")
+    if not entries:
+        raise ValueError(f"{path}: the document index is empty, but even without documents it has one entry")
+    return np.dtype(_CODES[code]), sequences, entries
+
+
+def _read_index(path: Path) -> tuple[np.dtype, npt.NDArray[np.int32], Int64Array, Int64Array]:
+    """(token dtype, sequence lengths, sequence pointers, document index) of an `.idx` file, each checked on its own."""
+    dtype, sequences, _ = _read_header(path)
     # Mapped, not read: the ranks of a node share the pages.
     body = np.memmap(path, np.uint8, mode="r")[_HEADER.size :]
     lengths_S = body[: 4 * sequences].view("<i4")
@@ -300,21 +367,24 @@ def _read_index(path: Path) -> tuple[np.dtype, npt.NDArray[np.int32], Int64Array
     index_D = body[12 * sequences :].view("<i8")
     if lengths_S.size and lengths_S.min() < 0:
         raise ValueError(f"{path}: negative sequence length {lengths_S.min()}")
-    if not entries or index_D[0] != 0 or index_D[-1] != sequences or (np.diff(index_D) < 0).any():
+    if index_D[0] != 0 or index_D[-1] != sequences or (np.diff(index_D) < 0).any():
         raise ValueError(f"{path}: the document index must rise from 0 to the sequence count {sequences}")
-    return np.dtype(_CODES[code]), lengths_S, pointers_S, index_D
+    return dtype, lengths_S, pointers_S, index_D
 
 
-def _check_sidecar(sidecar: Sidecar, dataset: IndexedDataset, idx_path: Path, dtype: np.dtype) -> None:
-    path = sidecar_path(dataset.prefix)
+def _check_sidecar(sidecar: Sidecar, pair: IndexedDataset | Outline, dtype: np.dtype) -> None:
     for name, actual in (
-        ("documents", dataset.documents),
-        ("tokens", dataset.tokens),
-        ("bin_bytes", dataset.tokens * dtype.itemsize),
-        ("idx_sha256", file_sha256(idx_path)),
+        ("documents", pair.documents),
+        ("tokens", pair.tokens),
+        ("bin_bytes", pair.tokens * dtype.itemsize),
     ):
-        if getattr(sidecar, name) != actual:
-            raise ValueError(f"{path}: {name} is {getattr(sidecar, name)}, but the token files have {actual}: not of this pair")
+        _check_recorded(sidecar, pair.prefix, name, actual)
+
+
+def _check_recorded(sidecar: Sidecar, prefix: str | Path, name: str, actual: int | str) -> None:
+    recorded = getattr(sidecar, name)
+    if recorded != actual:
+        raise ValueError(f"{sidecar_path(prefix)}: {name} is {recorded}, but the token files have {actual}: not of this pair")
 
 
 @contextmanager

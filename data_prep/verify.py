@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megagrin.data_prep.indexed import IndexedDataset, pair_paths
+from megagrin.data_prep.indexed import IndexedDataset, Outline, pair_paths
 from megagrin.data_prep.sidecar import file_sha256, sidecar_path
 
 _PERCENTILES = (0, 5, 25, 50, 75, 95, 100)
@@ -57,21 +57,21 @@ def verify(prefix: str | Path, tokenizer_path: str | Path | None = None) -> Veri
     return VerifyReport(dataset.documents, dataset.tokens, largest, vocab_size, dataset.sidecar is not None)
 
 
-def check_tokenizer(dataset: IndexedDataset, tokenizer_path: str | Path) -> None:
-    """Refuses token files that another tokenizer made; says nothing when the sidecar does not know.
+def check_tokenizer(dataset: IndexedDataset | Outline, tokenizer_path: str | Path) -> None:
+    """Refuses token files that another tokenizer made; of files whose sidecar does not know, only that there is a tokenizer.
 
     Raises:
-        ValueError: the tokenizer's checksum is not the one of the sidecar.
+        ValueError: no such file, or its checksum is not the one of the sidecar.
     """
+    if not Path(tokenizer_path).is_file():
+        raise ValueError(f"{tokenizer_path}: no such tokenizer file")
     recorded = dataset.sidecar.tokenizer_sha256 if dataset.sidecar is not None else None
     if recorded is None:
         return
-    if not Path(tokenizer_path).is_file():
-        raise ValueError(f"{tokenizer_path}: no such tokenizer file")
     actual = file_sha256(tokenizer_path)
     if actual != recorded:
         raise ValueError(
-            f"tokenizer: {tokenizer_path} has SHA-256 {actual[:12]}, but {sidecar_path(dataset.prefix)} records "
+            f"{tokenizer_path} has SHA-256 {actual[:12]}, but {sidecar_path(dataset.prefix)} records "
             f"{recorded[:12]}: the tokens were made with another tokenizer"
         )
 

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from megagrin.data.packing import PackedDataset, Sample
+from megagrin.data.packing import PackedDataset, Sample, label_violations
 from megagrin.data_prep.indexed import IndexedDataset
+from megagrin.data_prep.sidecar import named
 from megagrin.data_prep.verify import check_tokenizer
 from megagrin.kernels.cross_entropy import IGNORE
 
@@ -85,28 +86,42 @@ class Batch:
         return replace(self, **moved)
 
 
-def check_token_file(config: DataConfig, prefix: str, vocab_size: int) -> IndexedDataset:
+def check_token_file(config: DataConfig, prefix: str, vocab_size: int, *, setting: str) -> IndexedDataset:
     """Opens token files and refuses those that do not fit the model or the tokenizer.
 
     Args:
         config: its `tokenizer` must be the one of the sidecar, where both are known.
         prefix: path without suffix.
         vocab_size: of the model. Without a sidecar the whole file is read to find its largest id.
+        setting: that names the prefix, for the message.
 
     Raises:
         ValueError: damaged files, a vocabulary larger than the model's, or tokens of another tokenizer.
     """
-    dataset = IndexedDataset(prefix)
+    with named(setting):
+        dataset = IndexedDataset(prefix)
+        _refuse_ids_beyond(dataset, vocab_size)
     if config.tokenizer is not None:
-        check_tokenizer(dataset, config.tokenizer)
+        with named("data.tokenizer"):
+            check_tokenizer(dataset, config.tokenizer)
+    return dataset
+
+
+def _refuse_ids_beyond(dataset: IndexedDataset, vocab_size: int) -> None:
     if dataset.sidecar is None:
         smallest, largest = dataset.token_id_range()
         if smallest < 0 or largest >= vocab_size:
             bad = smallest if smallest < 0 else largest
-            raise ValueError(f"{prefix}.bin: token id {bad} lies outside the model's vocabulary, vocab_size={vocab_size}")
+            raise ValueError(f"{dataset.prefix}.bin: token id {bad} lies outside the model's vocabulary, vocab_size={vocab_size}")
     elif dataset.sidecar.vocab_size > vocab_size:
-        raise ValueError(f"{prefix}: its tokenizer has vocab_size={dataset.sidecar.vocab_size}, the model only {vocab_size}")
-    return dataset
+        raise ValueError(
+            f"{dataset.prefix}: its tokenizer has vocab_size={dataset.sidecar.vocab_size}, the model only {vocab_size}"
+        )
+
+
+def _refuse_without_labels(config: DataConfig, dataset: IndexedDataset, tokens: int, setting: str) -> None:
+    if config.document_attention and (broken := label_violations(setting, dataset, tokens)):
+        raise ValueError(broken[0])
 
 
 class GlobalBatches:
@@ -155,7 +170,8 @@ class GlobalBatches:
             )
         if not 0 <= dp_rank < dp_size:
             raise ValueError(f"dp_rank: {dp_rank} must lie in [0, dp_size={dp_size})")
-        dataset = check_token_file(config, prefix, vocab_size)
+        dataset = check_token_file(config, prefix, vocab_size, setting="data.train")
+        _refuse_without_labels(config, dataset, dataset.tokens, "data.train")
         self.fingerprint = dataset.fingerprint()
         self._samples = PackedDataset(dataset, seq_len=seq_len, seed=seed, shuffle=config.shuffle)
         self.samples_per_epoch = self._samples.samples_per_epoch
@@ -325,8 +341,10 @@ def evaluation_batches(
     """
     if min(samples, micro_batch_size) < 1:
         raise ValueError(f"samples: {samples} and micro_batch_size: {micro_batch_size} must be positive")
-    packed = PackedDataset(check_token_file(config, prefix, vocab_size), seq_len=seq_len, seed=0, shuffle=False)
+    dataset = check_token_file(config, prefix, vocab_size, setting="data.valid")
+    packed = PackedDataset(dataset, seq_len=seq_len, seed=0, shuffle=False)
     count = min(samples, packed.samples_per_epoch)
+    _refuse_without_labels(config, dataset, count * seq_len + 1, "data.valid")
     per_rank = -(-count // (dp_size * micro_batch_size)) * micro_batch_size
     first = dp_rank * per_rank
     return [

@@ -111,5 +111,25 @@ class PackedDataset(Dataset[Sample]):
         return _narrow(np.argsort(np.random.Philox(key=key).random_raw(size), kind="stable"))
 
 
+def label_violations(setting: str, dataset: IndexedDataset, tokens: int) -> list[str]:
+    """Whether data.document_attention leaves a label among the first `tokens` tokens of a file, in file order.
+
+    Args:
+        setting: names the file in the answer.
+        dataset: the token file.
+        tokens: how many of its tokens count.
+
+    Returns:
+        Nothing, or the broken rule: a document's last token has no label, so one document must have two tokens there.
+    """
+    offsets_D = dataset.document_offsets_D
+    if int((np.minimum(offsets_D[1:], tokens) - offsets_D[:-1]).max(initial=0)) > 1:
+        return []
+    return [
+        f"{setting}: {dataset.prefix}: with data.document_attention none of its first {tokens} tokens has a label: "
+        "no document has two of them"
+    ]
+
+
 def _narrow(array: Int64Array) -> npt.NDArray[np.integer]:
     return array.astype(np.int32) if array.size < 2**31 and array.max(initial=0) < 2**31 else array

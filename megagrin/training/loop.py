@@ -51,11 +51,10 @@ def _world_size(options: dict[str, Any]) -> int:
 
 
 def _check_files(run: RunConfig) -> None:
-    from megagrin.data.loader import check_token_file
+    from megagrin.data.checks import file_violations
 
-    for prefix in (run.data.train, run.data.valid):
-        if prefix is not None:
-            check_token_file(run.data, prefix, run.model.vocab_size)
+    sizes = {"seq_len": run.train.seq_len, "eval_samples": run.train.eval_samples}
+    config.check(file_violations(run.data, vocab_size=run.model.vocab_size, **sizes))
 
 
 def train(run: RunConfig, runtime: Runtime) -> None:

@@ -204,14 +204,34 @@ def test_the_global_random_state_is_left_alone(prefix: str) -> None:
     ({"seq_len": 109}, r"numbers: 109 tokens are too few for one sample of seq_len \+ 1 = 110 tokens"),
     ({"seq_len": 0}, "seq_len: 0 must be positive"),
     ({"vocab_size": VOCAB - 1}, r"numbers: its tokenizer has vocab_size=4000, the model only 3999"),
-    ({"tokenizer": "/none"}, None),
+    ({"tokenizer": "/none"}, r"data\.tokenizer: /none: no such tokenizer file"),
 ])  # fmt: skip
-def test_refusals(prefix: str, options: dict[str, object], message: str | None) -> None:
-    if message is None:  # this sidecar names no tokenizer, so there is nothing to compare
-        batches(prefix, **options)
-        return
+def test_refusals(prefix: str, options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         batches(prefix, **options)
+
+
+def test_files_that_are_missing_are_named_with_their_setting(prefix: str) -> None:
+    with pytest.raises(ValueError, match=r"^data\.train: nope\.idx: no such file"):
+        batches("nope")
+    sizes = {"seq_len": S, "samples": 1, "micro_batch_size": 1, "dp_rank": 0, "dp_size": 1, "vocab_size": VOCAB}
+    with pytest.raises(ValueError, match=r"^data\.valid: nope\.idx: no such file"):
+        evaluation_batches(DataConfig(), "nope", **sizes)  # type: ignore[arg-type]
+
+
+def test_files_without_a_label_are_refused(tmp_path: Path) -> None:
+    single = write(tmp_path / "single", [1] * 50)
+    late = write(tmp_path / "late", [1] * 50 + [2])
+    sizes = {"seq_len": S, "micro_batch_size": 1, "dp_rank": 1, "dp_size": 2, "vocab_size": VOCAB}
+    config = DataConfig(document_attention=True)
+    batches(single)  # one text: every token but the last has a label
+    batches(late, document_attention=True)
+    with pytest.raises(ValueError, match=r"^data\.train: .*single: with data\.document_attention none of its first 50 tokens"):
+        batches(single, document_attention=True)
+    # Whether anything counts is a matter of the samples that are evaluated, and every rank knows it.
+    evaluation_batches(config, write(tmp_path / "early", [2] + [1] * 50), samples=2, **sizes)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"^data\.valid: .*late: .*none of its first 17 tokens has a label"):
+        evaluation_batches(config, late, samples=2, **sizes)  # type: ignore[arg-type]
 
 
 def test_config_violations() -> None:
@@ -227,19 +247,21 @@ def test_negative_step(prefix: str) -> None:
 def test_without_a_sidecar_the_largest_id_counts(tmp_path: Path) -> None:
     path = write(tmp_path / "a", [50])
     Path(f"{path}.json").unlink()
-    check_token_file(DataConfig(), path, 50)
-    with pytest.raises(ValueError, match=r"a\.bin: token id 49 lies outside the model's vocabulary, vocab_size=49"):
-        check_token_file(DataConfig(), path, 49)
+    check_token_file(DataConfig(), path, 50, setting="data.train")
+    with pytest.raises(
+        ValueError, match=r"data\.valid: .*a\.bin: token id 49 lies outside the model's vocabulary, vocab_size=49"
+    ):
+        check_token_file(DataConfig(), path, 49, setting="data.valid")
 
 
 def test_tokens_of_another_tokenizer_are_refused(token_file: str, tokenizer_path: Path, tmp_path: Path) -> None:
-    check_token_file(DataConfig(tokenizer=str(tokenizer_path)), token_file, 700)
+    check_token_file(DataConfig(tokenizer=str(tokenizer_path)), token_file, 700, setting="data.train")
     other = tmp_path / "other.model"
     other.write_bytes(tokenizer_path.read_bytes() + b"\n")
-    with pytest.raises(ValueError, match=r"tokenizer: .*other\.model has SHA-256 .* made with another tokenizer"):
-        check_token_file(DataConfig(tokenizer=str(other)), token_file, 700)
+    with pytest.raises(ValueError, match=r"data\.tokenizer: .*other\.model has SHA-256 .* made with another tokenizer"):
+        check_token_file(DataConfig(tokenizer=str(other)), token_file, 700, setting="data.train")
     with pytest.raises(ValueError, match=r"none\.model: no such tokenizer file"):
-        check_token_file(DataConfig(tokenizer=str(tmp_path / "none.model")), token_file, 700)
+        check_token_file(DataConfig(tokenizer=str(tmp_path / "none.model")), token_file, 700, setting="data.train")
 
 
 def test_fingerprint_changes_with_the_data(tmp_path: Path) -> None:
