@@ -64,8 +64,13 @@ def world_size_from_environment() -> int:
     return int(text)
 
 
+def device_type(choice: str) -> str:
+    """The kind of device that runtime.device comes to on this machine, cpu or cuda."""
+    return "cpu" if choice == "cpu" or not torch.cuda.is_available() else "cuda"
+
+
 def _pick_device(choice: str, local_rank: int) -> torch.device:
-    if choice == "cpu" or not torch.cuda.is_available():
+    if device_type(choice) == "cpu":
         return torch.device("cpu")
     if local_rank >= torch.cuda.device_count():
         raise ValueError(

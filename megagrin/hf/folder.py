@@ -8,6 +8,7 @@ Shape suffixes: B sequences, S positions, V vocabulary.
 
 import dataclasses
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -61,8 +62,8 @@ class ExportOptions:
         broken = []
         if self.dtype not in _DTYPES:
             broken.append(f"--dtype: {self.dtype} is none of {', '.join(_DTYPES)}")
-        if not self.max_shard_gb > 0:
-            broken.append(f"--max_shard_gb: {self.max_shard_gb} must be positive")
+        if not 0 < self.max_shard_gb < float("inf"):
+            broken.append(f"--max_shard_gb: {self.max_shard_gb} must be a positive finite number")
         return broken
 
 
@@ -119,7 +120,9 @@ def check_request(
 
 
 def _check_target(out: Path, overwrite: bool) -> None:
-    if not out.exists():
+    """Refuse a target that would destroy something, or cannot be written, before any work is done."""
+    require_folder("--out", out.parent)
+    if not os.path.lexists(out):
         return
     if not overwrite:
         raise ValueError(f"--out: {out} exists; pass --overwrite to replace an earlier export")
@@ -336,12 +339,18 @@ def main_export(argv: list[str]) -> int:
     parser.add_argument("--check", **_FLAG, help="load the export with transformers and compare logits")
     arguments = parser.parse_args(argv)
     options = ExportOptions(arguments.dtype, arguments.max_shard_gb, arguments.overwrite, arguments.check)
-    out, path = Path(arguments.out), store.find(Path(arguments.checkpoint))
-    run = store.read_info(path).run
+    config.check(options.violations())
+    out = Path(arguments.out)
+    _check_target(out, options.overwrite)
+    with about("--checkpoint"):
+        path = store.find(Path(arguments.checkpoint))
+        run = store.read_info(path).run
     tokenizer = load_tokenizer(arguments.tokenizer, run)
     router = RouterConfig(**run["router"])
     check_request(ModelConfig(**run["model"]), router, tokenizer, out, options)
-    difference = export_model(store.load_model(path)[0], router, tokenizer, out, options)
+    with about("--checkpoint"):
+        model, _ = store.load_model(path)
+    difference = export_model(model, router, tokenizer, out, options)
     remarks = ["" if tokenizer else ", no tokenizer", "" if difference is None else f", logits within {difference:.2g}"]
     print(f"{out}: {path} as PhimoeForCausalLM, {options.dtype}{''.join(remarks)}")
     return 0
@@ -360,9 +369,11 @@ def main_import(argv: list[str]) -> int:
     parser.add_argument("--out", type=str, required=True, help="checkpoint folder to create")
     arguments = parser.parse_args(argv)
     source, out = Path(arguments.source), Path(arguments.out)
-    if out.exists():
+    if os.path.lexists(out):
         raise ValueError(f"--out: {out} exists already")
-    model, router = import_model(source)
+    require_folder("--out", out.parent)
+    with about("--source"):
+        model, router = import_model(source)
     run: dict[str, Any] = {"model": dataclasses.asdict(model.config), "router": dataclasses.asdict(router)}
     recipe = yaml.safe_dump(
         {"model": {key: value for key, value in run["model"].items() if key != "preset"}, "router": run["router"]},

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from megagrin import config
+from megagrin.arguments import require_folder
 from megagrin.checkpoint import store
 from megagrin.checkpoint.store import CheckpointInfo
 from megagrin.distributed.mesh import build_mesh
 from megagrin.distributed.runtime import session, world_size_from_environment
+from megagrin.engines.builds import bounded_builds
 from megagrin.training import rules
 from megagrin.training.run_config import RunConfig, name_shape
 from megagrin.training.trainer import build_engine
@@ -67,8 +69,10 @@ def convert(run: RunConfig, source: Path, info: CheckpointInfo, output: Path) ->
     """
     if any(path.name == source.name for path in store.checkpoints(output)):
         raise ValueError(f"--to: {output} has a checkpoint of step {info.step} already")
+    require_folder("--to", output / "checkpoints")
     with session(run.runtime) as runtime:
-        engine = build_engine(run, build_mesh(run.parallel, runtime.device.type), runtime.device)
+        with bounded_builds(run.runtime.timeout_minutes * 60):
+            engine = build_engine(run, build_mesh(run.parallel, runtime.device.type), runtime.device)
         engine.load(source, info.step)
         new = dataclasses.replace(info, run=dataclasses.asdict(run))
         path = store.commit(output, new, lambda folder: engine.save(folder, run.checkpoint.format))

@@ -13,7 +13,7 @@ from megagrin.engines.base import StepResult
 from megagrin.observe.metrics import MetricsLogger, expert_load
 from megagrin.optim.schedule import learning_rate
 from megagrin.planning.flops import flops_per_token, model_flops_utilization, peak_flops
-from megagrin.training import rules
+from megagrin.training import preflight, rules
 from megagrin.training.run_config import RunConfig, describe, parse_config
 from megagrin.training.trainer import Trainer
 
@@ -23,8 +23,8 @@ def main(argv: list[str]) -> int:
     run, options = parse_config(argv, OPTIONS)
     world_size = _world_size(options)
     config.check(rules.violations(run, world_size))
+    config.check(preflight.violations(run))
     if options["dry_run"]:
-        _check_files(run)
         print(describe(run, world_size))
         return 0
     with session(run.runtime) as runtime:
@@ -48,13 +48,6 @@ def _world_size(options: dict[str, Any]) -> int:
     if not options["dry_run"] and given != world_size_from_environment():
         raise ValueError(f"--world_size: {given} needs --dry_run; ranks are started by torchrun (see launch/)")
     return given
-
-
-def _check_files(run: RunConfig) -> None:
-    from megagrin.data.checks import file_violations
-
-    sizes = {"seq_len": run.train.seq_len, "eval_samples": run.train.eval_samples}
-    config.check(file_violations(run.data, vocab_size=run.model.vocab_size, **sizes))
 
 
 def train(run: RunConfig, runtime: Runtime) -> None:

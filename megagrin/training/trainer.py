@@ -12,6 +12,7 @@ from megagrin.data.loader import Batch, GlobalBatches, evaluation_batches
 from megagrin.distributed.mesh import ParallelMesh, build_mesh
 from megagrin.distributed.runtime import Runtime
 from megagrin.engines.base import Engine
+from megagrin.engines.builds import bounded_builds
 from megagrin.engines.deepspeed import DeepSpeedEngine
 from megagrin.engines.native import NativeEngine
 from megagrin.training.resume import initial_weights, newest, resume_violations
@@ -63,7 +64,8 @@ class Trainer:
                 dp_size=self.mesh.dp_size,
                 **common,
             )
-        self.engine = build_engine(run, self.mesh, runtime.device)
+        with bounded_builds(run.runtime.timeout_minutes * 60):
+            self.engine = build_engine(run, self.mesh, runtime.device)
 
     def resume(self) -> int:
         """Continue from the newest checkpoint of the run folder, or take weights from train.init_from.
