@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megagrin import config
-from megagrin.arguments import CommandParser
+from megagrin.arguments import CommandParser, about, require_folder
 from megagrin.checkpoint import store
 from megagrin.data_prep.tokenizer import Tokenizer
 from megagrin.hf.mapping import Layout, from_hf_config, hf_views, stored_shape, to_hf_config
