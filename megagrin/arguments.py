@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import math
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -170,6 +171,7 @@ def _wrong_values(argument: Argument, action: argparse.Action, flag: bool) -> It
     hint = getattr(action, "_typehint", None) or action.type or str
     for value in argument.values:
         try:
-            convert(hint, value)
+            if isinstance(number := convert(hint, value), float) and not math.isfinite(number):
+                raise ValueError("must be a finite number")
         except ValueError as error:
             yield f"--{argument.key}: {show(value)} {error}"

@@ -12,6 +12,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 import yaml
 
 _INTEGER = re.compile(r"[-+]?\d+(_\d+)*")
+_YAML_FLOAT = re.compile(r"^([-+]?)\.(inf|nan)$", re.IGNORECASE)
 _BOOLEANS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 _SIMPLE = {int: "an integer", float: "a number", bool: "true or false", str: "text (in quotes, where YAML reads another type)"}
 _NULL = ("null", "~")
@@ -73,7 +74,7 @@ def _scalar(hint: Any, value: Any) -> Any:
     try:
         if hint is float:
             # YAML reads 1e-3, without a dot, as text; .inf and .nan are YAML's own names.
-            return float(value.removeprefix(".") if isinstance(value, str) and value[1:].isalpha() else value)
+            return float(_YAML_FLOAT.sub(r"\1\2", value) if isinstance(value, str) else value)
         if isinstance(value, str):
             return int(value) if _INTEGER.fullmatch(value) else None
     except (ValueError, OverflowError):

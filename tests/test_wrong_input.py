@@ -5,6 +5,7 @@ The tables are in wrong_values.py; those of `megagrin data` are in data_prep/.
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -94,6 +95,10 @@ def paths(tmp_path_factory: pytest.TempPathFactory, small_tokenizer: Tokenizer) 
     return {name: str(root / name) for name in [*names, "missing", "new"]} | {"root": str(root)}
 
 
+def _filled(text: str, paths: dict[str, str]) -> str:
+    return re.sub(r"\{(\w+)\}", lambda name: paths.get(name[1], name[0]), text)
+
+
 def _contents(root: str) -> dict[str, str]:
     """Every file below a folder with a digest of its bytes; folders with none."""
     return {
@@ -108,9 +113,7 @@ def refuses(paths: dict[str, str], capsys: pytest.CaptureFixture[str], monkeypat
     monkeypatch.chdir(Path(paths["root"]) / "cwd")
 
     def refuse(argv: list[str], named: list[str]) -> None:
-        argv, named = (
-            [text.format_map(paths) if "{" in text and ": " not in text else text for text in texts] for texts in (argv, named)
-        )
+        argv, named = ([_filled(text, paths) for text in texts] for texts in (argv, named))
         before = _contents(paths["root"])
         capsys.readouterr()
         try:

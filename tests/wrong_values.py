@@ -1,6 +1,6 @@
 """The tables of tests/test_wrong_input.py: per setting values that it cannot have, and commands with options that they refuse.
 
-A case is (arguments, what the answer must name). In texts `{…}` stands for a path of the test's folder, see `test_wrong_input.paths`.
+A case is (arguments, what the answer must name). `{…}` in a text stands for a path, see `test_wrong_input.paths`.
 """
 
 import types
@@ -86,7 +86,6 @@ TOO_LARGE = {
     "data.num_workers": "100000",
     "runtime.timeout_minutes": "1000000000000",
     "train.seq_len": "2048",
-    "train.eval_samples": "100000",
     "parallel.tp": "3",
     "parallel.pp": "3",
     "parallel.ep": "3",
@@ -170,6 +169,7 @@ TRAIN: list[Case] = [
     (["--data.tokenizer={text}"], ["data.tokenizer", "{text}"]),
     (["--data.tokenizer={tokenizer}"], ["data.tokenizer", "{tokenizer}", "another tokenizer"]),
     (["--train.seq_len=1000"], ["data.train", "train.seq_len"]),
+    (["--data.valid={tokens}", "--train.eval_samples=100000"], ["train.eval_samples: 100000"]),
     (["--model.vocab_size=50"], ["data.train", "model.vocab_size=50"]),
     (["--train.run_dir={text}"], ["train.run_dir", "{text}"]),
     (["--train.run_dir={text}/below"], ["train.run_dir", "{text}"]),
@@ -201,7 +201,7 @@ TRAIN: list[Case] = [
     (["--engine.nvme_path={folder}"], ["engine.nvme_path: {folder}"]),
     (["--engine.offload_optimizer=cpu"], ["engine.offload_optimizer: cpu"]),
     (["--engine.deepspeed_config={text}"], ["engine.deepspeed_config: {text}"]),
-    (["--parallel.pp_split=[1,1]"], ["parallel.pp_split: [1, 1]"]),
+    (["--parallel.pp_split=[1,1]"], ["parallel.pp_split: (1, 1)"]),
     (["--parallel.pp_schedule=zero_bubble", "--parallel.pp=2"], ["parallel.pp"]),
     (["--model.preset=grin"], ["model.preset: grin"]),
     (["--model=grin_tiny"], ["model:", "model.<key>"]),
@@ -218,12 +218,12 @@ TRAIN: list[Case] = [
     (["--world_size=-1"], ["--world_size: -1"]),
     (["--world_size=0"], ["--world_size: 0"]),
     (["--world_size=two"], ["world_size: 'two'"]),
-    (["--dry_run=perhaps"], ["dry_run: 'perhaps'"]),
     (["--print_config=skip_null"], ["print_config: 'skip_null'"]),
 ]
 
 COMMANDS: list[Case] = [
     (["train", "--world_size", "2"], ["--world_size: 2"]),
+    (["train", "--dry_run=perhaps"], ["dry_run: 'perhaps'"]),
     (["generate"], ["--checkpoint", "--prompt"]),
     (["generate", "--checkpoint", "{run}"], ["--prompt"]),
     (["generate", "--checkpoint", "{missing}", "--prompt", "a"], ["--checkpoint: {missing}"]),

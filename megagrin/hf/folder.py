@@ -114,7 +114,9 @@ def check_request(
     if tokenizer is None:
         return to_hf_config(model, router, bos_id=None, eos_id=None, dtype=options.dtype)
     if tokenizer.vocab_size > model.vocab_size:
-        raise ValueError(f"{tokenizer.path}: {tokenizer.vocab_size} pieces must not exceed model.vocab_size ({model.vocab_size})")
+        raise ValueError(
+            f"--tokenizer: {tokenizer.path}: {tokenizer.vocab_size} pieces must not exceed model.vocab_size ({model.vocab_size})"
+        )
     bos_id, eos_id = (None if token < 0 else token for token in (tokenizer.bos_id, tokenizer.eos_id))
     return to_hf_config(model, router, bos_id=bos_id, eos_id=eos_id, dtype=options.dtype)
 

@@ -202,7 +202,8 @@ def main(argv: list[str]) -> int:
         model, _ = store.load_model(path)
     if tokenizer.vocab_size > model.config.vocab_size:
         raise ValueError(
-            f"{tokenizer.path}: {tokenizer.vocab_size} pieces must not exceed model.vocab_size ({model.config.vocab_size})"
+            f"--tokenizer: {tokenizer.path}: {tokenizer.vocab_size} pieces must not exceed "
+            f"model.vocab_size ({model.config.vocab_size})"
         )
     new = generate(model.to(arguments.device), prompt, sampling, tokenizer.eos_id, tokenizer.vocab_size)
     parts = text_parts(tokenizer, prompt, new)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megagrin.arguments import CommandParser, about
+from megagrin.arguments import CommandParser, about, require_folder
 from megagrin.observe.metrics import FILE_NAME, read_metrics
 
 if TYPE_CHECKING:
@@ -263,11 +263,12 @@ def main(argv: Sequence[str]) -> int:
         rows = read_metrics(source)
     if not any("loss" in row or "valid_loss" in row for row in rows):
         raise ValueError(f"--run: {source}: holds no row with a loss; has the run finished its first step?")
+    out = arguments.out or arguments.run / "plots"
+    require_folder("--out", out)
     _load_matplotlib()
     from matplotlib import pyplot as plt
 
     title = arguments.run.resolve().name
-    out = arguments.out or arguments.run / "plots"
     out.mkdir(parents=True, exist_ok=True)
     with plt.rc_context(_STYLE):
         pictures = {"loss.png": plot_loss(rows, title)}

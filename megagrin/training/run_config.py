@@ -95,7 +95,7 @@ def _preset_defaults(look: Callable[[str], Any]) -> dict[str, Any]:
         return {}
     base = name.removesuffix(CHANGED)
     if base not in PRESETS:
-        raise ValueError(f"model.preset: {name} is none of {', '.join(PRESETS)}")
+        raise ValueError(f"model.preset: {name or repr(name)} is none of {', '.join(PRESETS)}")
     return {f"model.{key}": value for key, value in dataclasses.asdict(PRESETS[base]).items()}
 
 
