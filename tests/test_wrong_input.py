@@ -34,7 +34,9 @@ TINY = [
     "--train.eval_samples=4",
     "--optim.warmup_steps=1",
     "--engine.dtype=fp32",
+    "--model.n_experts=4",
     "--metrics.console=false",
+    "--metrics.peak_tflops=1",
     "--runtime.device=cpu",
 ]
 # Words of libraries and of Python, not of a user.
