@@ -4,6 +4,8 @@ import dataclasses
 import hashlib
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -134,3 +136,18 @@ def file_sha256(path: str | Path) -> str:
         while piece := file.read(_HASH_CHUNK):
             digest.update(piece)
     return digest.hexdigest()
+
+
+@contextmanager
+def named(setting: str) -> Iterator[None]:
+    """Puts the setting that named a file in front of what is wrong with the file.
+
+    Raises:
+        ValueError: instead of a ValueError or OSError of the block.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"{setting}: {error.filename}: {error.strerror}" if error.filename else f"{setting}: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{setting}: {error}") from error

@@ -99,7 +99,8 @@ class Tokenizer:
                 raise RuntimeError("the file is empty")
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         except RuntimeError as error:
-            raise ValueError(f"{path}: not a SentencePiece model: {error}") from error
+            reason = "" if model else ": the file is empty"  # SentencePiece itself only names a line of its source
+            raise ValueError(f"{path}: not a SentencePiece model{reason}") from error
         self.sha256 = file_sha256(path)
         self.vocab_size: int = self._processor.get_piece_size()
         self.unk_id: int = self._processor.unk_id()

@@ -7,6 +7,8 @@ import sys
 import traceback
 from typing import NoReturn
 
+from megagrin.arguments import describe
+
 COMMANDS = {
     "train": ("megagrin.training.loop", "main", "train a model (under torchrun for more than one process)"),
     "data": ("megagrin.data_prep.commands", "main", "train a tokenizer, write, verify and inspect token files"),
@@ -30,13 +32,6 @@ def usage() -> str:
     return "\n".join(
         ["usage: megagrin <command> [options]", "", *lines, "", "megagrin <command> --help shows a command's options."]
     )
-
-
-def describe(error: Exception) -> str:
-    """An error's text for a user: file and reason where the system refused a file."""
-    if isinstance(error, OSError) and error.filename is not None and error.strerror is not None:
-        return f"{error.filename}: {error.strerror}"
-    return str(error) or type(error).__name__
 
 
 def run_command(name: str, argv: list[str]) -> int:

@@ -1,38 +1,54 @@
 """Recipes: YAML files and `--section.key=value` overrides into a tree of frozen dataclasses.
 
-Later sources win: dataclass defaults, preset, recipes in the order given, overrides. A misspelt key is answered with the nearest
-right one.
+Later sources win: dataclass defaults, preset, recipes in the order given, and then the command line, wherever on it a value
+stands. A misspelt key is answered with the nearest right one.
 """
 
 import dataclasses
-import difflib
-import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any, TypeVar, get_type_hints
 
 import yaml
-from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace
+from jsonargparse import ArgumentParser
+
+from megagrin.arguments import about, check, read_arguments, unknown
+from megagrin.recipe import read_recipe
+from megagrin.values import convert, show
+
+__all__ = ["Option", "about", "changed_fields", "check", "parse", "read_recipe", "save"]
 
 T = TypeVar("T")
 
 
-def build_parser(root: type, prog: str, description: str) -> ArgumentParser:
-    """A parser with one argument group per section of `root`, `--config FILE` and `--print_config`."""
-    parser = ArgumentParser(prog=prog, description=description, exit_on_error=False, default_env=False)
-    parser.add_argument("--config", action=ActionConfigFile, help="recipe (YAML); may be given several times")
-    parser.add_class_arguments(root, None, sub_configs=False)
-    return parser
+@dataclass(frozen=True)
+class Option:
+    """An option of a command that is no setting of the run: given on the command line only.
+
+    Attributes:
+        hint: type.
+        default: value when it is not given.
+        help: what it does.
+    """
+
+    hint: Any
+    default: Any
+    help: str
+
+
+_GENERAL = {"help": Option(bool, False, "show this help"), "print_config": Option(bool, False, "print the resolved recipe")}
 
 
 def parse(
     root: type[T],
-    argv: list[str],
+    argv: Sequence[str],
     prog: str,
     description: str,
-    defaults: Callable[[Callable[[str], str | None]], dict[str, Any]] | None = None,
-    extra: Callable[[ArgumentParser], None] | None = None,
-) -> tuple[T, Namespace]:
+    defaults: Callable[[Callable[[str], Any]], dict[str, Any]] | None = None,
+    extra: Mapping[str, Option] | None = None,
+    finish: Callable[[T], T] = lambda config: config,
+) -> tuple[T, dict[str, Any]]:
     """Build a `root` from command-line arguments.
 
     Args:
@@ -40,75 +56,113 @@ def parse(
         argv: arguments without the program's name.
         prog: program name for help.
         description: first lines of help.
-        defaults: given a function that looks a dotted key up in the sources, returns dotted keys to preset before parsing.
-        extra: adds arguments that are not part of `root`.
+        defaults: given a function that looks a key up in all sources, returns `section.key` values that every source overrides.
+        extra: options beside the settings.
+        finish: resolves what depends on several settings.
 
     Returns:
-        The configuration and the namespace with the extra arguments.
+        The configuration, and the extra options by name.
 
     Raises:
-        ValueError: unknown key (names the nearest right one), value of a wrong type, unreadable recipe.
+        ValueError: unknown keys (with the nearest right one), values of a wrong type, unreadable recipes; all of them at once.
+        SystemExit: after `--help` and `--print_config`.
     """
-    argv = _spell_out(argv, root)
-    parser = build_parser(root, prog, description)
-    if extra is not None:
-        extra(parser)
-    _check_keys(parser, argv)
-    if defaults is not None:
-        parser.set_defaults(defaults(lambda key: peek(argv, key)))
-    try:
-        namespace = parser.parse_args(argv)
-        instance = parser.instantiate(namespace)
-    except (ArgumentError, TypeError) as error:
-        raise ValueError(_one_line(str(error))) from error
-    names = [field.name for field in dataclasses.fields(root)]  # type: ignore[arg-type]
-    config = root(**{name: instance[name] for name in names})
-    # The parser lets null through in a file, as if the key had not been given.
-    check([f"{key}: null is not a value of this setting" for key in _unexpected_nulls(config)])
-    return config, instance
+    extra = dict(extra or {})
+    if {"-h", "--help"} & set(argv):
+        _print_help(root, prog, description, extra)
+        raise SystemExit(0)
+    sections = {name: get_type_hints(section) for name, section in get_type_hints(root).items()}
+    hints = {f"{section}.{key}": hint for section, keys in sections.items() for key, hint in keys.items()}
+    options = {**_GENERAL, **extra}
+    line, files, problems = _command_line(argv, hints, options)
+    recipes = [(file, read_recipe(file)) for file in files]
+    for file, values in recipes:
+        problems += _strangers(values, set(hints), set(sections), file)
+    given: dict[str, Any] = {}
+    wrong: dict[str, str] = {}
+    for source, values in [*recipes, ("command line", line)]:
+        for key, value in values.items():
+            hint = hints.get(key) or (options[key].hint if source == "command line" and key in options else None)
+            if hint is not None:
+                given.pop(key, None)
+                wrong.pop(key, None)
+                try:
+                    given[key] = convert(hint, value)
+                except ValueError as error:
+                    wrong[key] = f"{key}: {show(value)} {error}"
+    check([*problems, *wrong.values()])
+    given = (defaults(given.get) if defaults is not None else {}) | given
+    config = finish(root(**{name: section(**_of(given, name)) for name, section in get_type_hints(root).items()}))
+    chosen = {key: given.get(key, option.default) for key, option in options.items()}
+    if chosen["print_config"]:
+        print(_as_yaml(config), end="")
+        raise SystemExit(0)
+    return config, {key: chosen[key] for key in extra}
 
 
-def _spell_out(argv: list[str], root: type) -> list[str]:
-    """`--section=x` and `--section x` as `--section.kind=x`, for sections that have a kind."""
-    hints = get_type_hints(root)
-    kinds = {name for name, hint in hints.items() if "kind" in getattr(hint, "__dataclass_fields__", {})}
-    spelled: list[str] = []
-    for argument in argv:
-        option, equals, value = argument.partition("=")
-        if spelled and spelled[-1].removeprefix("--") in kinds:
-            spelled[-1] = f"{spelled[-1]}.kind={argument}"
-        elif equals and option.removeprefix("--") in kinds:
-            spelled.append(f"{option}.kind={value}")
+def _of(given: dict[str, Any], section: str) -> dict[str, Any]:
+    return {key.partition(".")[2]: value for key, value in given.items() if key.startswith(f"{section}.")}
+
+
+def _command_line(
+    argv: Sequence[str], hints: dict[str, Any], options: dict[str, Option]
+) -> tuple[dict[str, str], list[str], list[str]]:
+    """Raw values by key, recipes in order, and what is wrong."""
+    flags = [name for name, option in options.items() if option.hint is bool]
+    values: dict[str, str] = {}
+    files: list[str] = []
+    problems: list[str] = []
+    sections = {key.partition(".")[0] for key in hints}
+    for argument in read_arguments(argv):
+        # --engine=deepspeed for --engine.kind=deepspeed
+        key = f"{argument.key}.kind" if f"{argument.key}.kind" in hints else argument.key
+        if not key:
+            problems.append(f"{show(argument.values[0])}: a setting is expected here, as --section.key=value")
+        elif key not in hints and key not in options and key != "config":
+            problems += _strangers({key: ""}, {*hints, *options, "config"}, sections, "command line")
+        elif not argument.values and key not in flags:
+            problems.append(f"{argument.key if key != 'config' else '--config'}: a value must follow (command line)")
+        elif key == "config":
+            files.append(argument.values[0])
         else:
-            spelled.append(argument)
-    return spelled
+            values[key] = argument.values[0] if argument.values else "true"
+    return values, files, problems
+
+
+def _strangers(values: Mapping[str, Any], known: set[str], sections: set[str], source: str) -> list[str]:
+    """What is no setting: unknown keys, and sections that are no mapping (an empty one is none)."""
+    problems = []
+    for key, value in values.items():
+        if key in sections and value is not None:
+            shown = "" if value == "" else f" {show(value)}"
+            problems.append(f"{key}:{shown} must be a section of keys, as {key}.<key> ({source})")
+        elif key not in known and key not in sections:
+            problems.append(unknown(key, known | sections, source))
+    return problems
+
+
+def _print_help(root: type, prog: str, description: str, extra: Mapping[str, Option]) -> None:
+    parser = ArgumentParser(prog=prog, description=description, default_env=False)
+    parser.add_argument("--config", type=str, help="recipe (YAML); may be given several times, later ones win")
+    parser.add_argument("--print_config", action="store_true", help=_GENERAL["print_config"].help)
+    for name, option in extra.items():
+        kind: dict[str, Any] = (
+            {"action": "store_true"} if option.hint is bool else {"type": option.hint, "default": option.default}
+        )
+        parser.add_argument(f"--{name}", help=option.help, **kind)
+    parser.add_class_arguments(root, None, sub_configs=False)
+    parser.print_help()
+
+
+def _as_yaml(config: Any) -> str:
+    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
 
 
 def save(config: Any, path: Path) -> None:
     """Write a resolved configuration as YAML that `--config` reads back."""
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
+    temporary.write_text(_as_yaml(config))
     temporary.replace(path)
-
-
-def read_recipe(path: str | Path) -> dict[str, Any]:
-    """Read a YAML recipe as a dictionary.
-
-    Raises:
-        ValueError: the file is missing, is not YAML, or does not hold a mapping.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"--config: {path} is not a file")
-    try:
-        content = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"--config: {path} is not valid YAML: {_one_line(str(error))}") from error
-    if content is None:
-        return {}
-    if not isinstance(content, dict):
-        raise ValueError(f"--config: {path} must hold sections of keys, not a {type(content).__name__}")
-    return content
 
 
 def changed_fields(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
@@ -121,86 +175,3 @@ def changed_fields(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -
         elif before != after:
             changes.append(f"{path}: {before} -> {after}")
     return changes
-
-
-def check(violations: list[str]) -> None:
-    """Refuse a configuration with broken rules.
-
-    Raises:
-        ValueError: names every violation, one a line.
-    """
-    if len(violations) == 1:
-        raise ValueError(violations[0])
-    if violations:
-        raise ValueError("\n  ".join([f"{len(violations)} settings do not fit:", *violations]))
-
-
-def _unexpected_nulls(config: Any, prefix: str = "") -> list[str]:
-    keys = []
-    hints = get_type_hints(type(config))
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if dataclasses.is_dataclass(value):
-            keys += _unexpected_nulls(value, f"{prefix}{field.name}.")
-        elif value is None and type(None) not in get_args(hints[field.name]):
-            keys.append(f"{prefix}{field.name}")
-    return keys
-
-
-def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted keys of a nested dictionary, those of sections included."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            flat |= flatten(value, f"{prefix}{key}.")
-        flat[f"{prefix}{key}"] = value
-    return flat
-
-
-def _recipes(argv: list[str]) -> list[str]:
-    files = [argument.split("=", 1)[1] for argument in argv if argument.startswith("--config=")]
-    files += [argv[place + 1] for place, argument in enumerate(argv[:-1]) if argument == "--config"]
-    return files
-
-
-def peek(argv: list[str], key: str) -> str | None:
-    """The value that the last source gives a dotted key, before any parsing."""
-    value = None
-    for file in _recipes(argv):
-        value = flatten(read_recipe(file)).get(key, value)
-    for place, argument in enumerate(argv):
-        if argument.startswith(f"--{key}="):
-            value = argument.split("=", 1)[1]
-        elif argument == f"--{key}" and place + 1 < len(argv):
-            value = argv[place + 1]
-    return value
-
-
-def _check_keys(parser: ArgumentParser, argv: list[str]) -> None:
-    known = {option.removeprefix("--") for action in parser._actions for option in action.option_strings if option[:2] == "--"}
-    sections = {key.split(".")[0] for key in known if "." in key}
-    known |= sections
-    for argument in argv:
-        key = argument.split("=", 1)[0].removeprefix("--")
-        if argument.startswith("--") and key not in known:
-            raise ValueError(_unknown(key, known, "command line"))
-    for file in _recipes(argv):
-        for key in flatten(read_recipe(file)):
-            if key not in known:
-                raise ValueError(_unknown(key, known, file))
-
-
-def _unknown(key: str, known: set[str], source: str) -> str:
-    leaf = key.rsplit(".", 1)[-1]
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.75)
-    # The right key in a wrong section, or without one.
-    near += sorted(name for name in known if "." in name and name.rsplit(".", 1)[-1] == leaf)
-    near += [
-        name for name in known if name.rsplit(".", 1)[-1] in difflib.get_close_matches(leaf, [name.rsplit(".", 1)[-1]], 1, 0.8)
-    ]
-    hint = f"; did you mean {near[0]}?" if near else "; --help lists all keys"
-    return f"{key}: no such key ({source}){hint}"
-
-
-def _one_line(text: str) -> str:
-    return re.sub(r"\s+", " ", text).strip()

@@ -1,6 +1,7 @@
 """Recipes, overrides and the errors a user meets."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from megagrin.cli import main
 from megagrin.distributed.runtime import RuntimeConfig, session
 from megagrin.models.grin import PRESETS
 from megagrin.training import rules
-from megagrin.training.run_config import RunConfig, parse_config
+from megagrin.training.run_config import RunConfig, describe, parse_config
 
 RECIPES = Path(__file__).parents[1] / "launch" / "recipes"
 
@@ -27,9 +28,48 @@ def test_later_sources_win(tmp_path: Path) -> None:
     first.write_text("model: {preset: grin_16x0_9b, n_layers: 3}\ntrain: {steps: 7}\n")
     second.write_text("train: {steps: 9}\n")
     run = parse("--config", str(first), "--config", str(second), "--model.d_ff=100")
-    assert run.model.preset == "grin_16x0_9b"
+    assert run.model.preset == "grin_16x0_9b (changed)"
     assert (run.model.n_layers, run.train.steps, run.model.d_ff) == (3, 9, 100)
     assert run.model.d_model == PRESETS["grin_16x0_9b"].d_model
+
+
+def test_the_command_line_wins_wherever_it_stands(tmp_path: Path) -> None:
+    """An override before --config, too; among recipes the later one; among equal overrides the last one."""
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("train: {steps: 9, seq_len: 5}\nengine: {kind: native}\n")
+    run = parse("--train.steps", "2", "--engine=deepspeed", "--config", str(recipe), "--train.seed=1", "--train.seed", "3")
+    assert (run.train.steps, run.train.seq_len, run.train.seed, run.engine.kind) == (2, 5, 3, "deepspeed")
+
+
+def test_a_preset_lends_its_name_to_its_own_shape_only(tmp_path: Path) -> None:
+    """The preset of the highest source, then explicit fields; another shape than the preset's says so, and reads back."""
+    dense, moe = tmp_path / "dense.yaml", tmp_path / "moe.yaml"
+    dense.write_text("model: {preset: dense_tiny}\n")
+    moe.write_text("model: {preset: grin_16x0_9b, n_layers: 3}\n")
+    assert parse("--model.preset", "grin_tiny", "--config", str(dense)).model == PRESETS["grin_tiny"]
+    assert parse("--config", str(dense), "--model.preset=grin_tiny").model == PRESETS["grin_tiny"]
+    assert parse("--config", str(moe), "--config", str(dense)).model == replace(
+        PRESETS["dense_tiny"], n_layers=3, preset="dense_tiny (changed)"
+    )
+    assert parse("--model.n_experts=8").model == replace(PRESETS["grin_tiny"], n_experts=8, preset="grin_tiny (changed)")
+    changed = parse("--model.d_ff=100")
+    assert "grin_tiny (changed): " in describe(changed, 1)
+    config.save(changed, tmp_path / "config.yaml")
+    assert parse("--config", str(tmp_path / "config.yaml")) == changed
+    assert parse("--config", str(tmp_path / "config.yaml"), "--model.d_ff=192").model == PRESETS["grin_tiny"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "sizes"),
+    [
+        (["--model.preset=grin_tiny"], "12.35M parameters"),
+        (["--model.preset=grin_16x3_8b"], "41.87B parameters, 6.641B active"),
+        (["--model.d_model=1000000", "--model.n_experts=100000"], "230.8T parameters"),
+    ],
+)
+def test_sizes_have_a_sensible_unit(settings: list[str], sizes: str) -> None:
+    """Millions, thousands of millions, and beyond."""
+    assert sizes in describe(parse(*settings), 1)
 
 
 @pytest.mark.parametrize("preset", sorted(PRESETS))
@@ -93,6 +133,60 @@ def test_bad_recipe(tmp_path: Path, text: str, message: str) -> None:
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("train: {steps: 5, steps: 6}", "line 1: train.steps was given before, on line 1"),
+        ("train: {steps: 5}\noptim: {lr: 1}\ntrain: {seed: 6}\n", "line 3: train was given before, on line 1"),
+        ("train:\n  steps: 5\ntrain.steps: 6\n", "line 3: train.steps was given before, on line 2"),
+        ("train: &a\n  steps: *a\n", "train.steps: {'steps': {'steps': {...}}} must be an integer"),
+        ("[" * 5000, "has a value that contains itself (by an anchor), or is nested too deeply"),
+        ("a: &a\n  <<: *a\n", "a: no such key"),
+        ("train: [1]", "train: [1] must be a section of keys"),
+        ("train: 5", "train: 5 must be a section of keys"),
+        ("", "holds no settings"),
+        ("# nothing\n", "holds no settings"),
+        ("train: {steps: x}", "train.steps: 'x' must be an integer"),
+        ("train: {steps: 2.5}", "train.steps: 2.5 must be an integer"),
+        ("train: {run_dir: 5}", "train.run_dir: 5 must be text"),
+        ("data: {shuffle: 1}", "data.shuffle: 1 must be true or false"),
+        ("model: {window: null}", "model.window: null must be an integer"),
+        ("metrics: {wandb: off}", "metrics.wandb: false must be one of disabled, offline, online"),
+        ("parallel: {pp_split: [1, x]}", "parallel.pp_split: [1, 'x'] holds 'x', and each item must be an integer"),
+        ("dry_run: true", "dry_run: no such key"),
+        ("a: !!timestamp x", "is not valid YAML"),
+        ("train: {seed: " + "9" * 5000 + "}", "is not valid YAML"),
+    ],
+)
+def test_what_a_recipe_may_not_say(tmp_path: Path, text: str, message: str) -> None:
+    """Each in one line that names the file or the key, in a user's words."""
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(text)
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        parse("--config", str(recipe))
+    assert "\n" not in str(error.value)
+
+
+def test_merged_keys_are_no_duplicates(tmp_path: Path) -> None:
+    """YAML's own `<<` gives defaults that the section's keys override."""
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("train: &t {steps: 5, seed: 2}\noptim: {lr: 1e-3}\n")
+    other = tmp_path / "s.yaml"
+    other.write_text("train:\n  <<: {steps: 7, seed: 4}\n  seed: 6\n")
+    run = parse("--config", str(recipe), "--config", str(other))
+    assert (run.train.steps, run.train.seed, run.optim.lr) == (7, 6, 1e-3)
+
+
+def test_several_wrong_keys_and_values_at_once(tmp_path: Path) -> None:
+    """Unknown keys and wrong types of all sources; a value that a later source corrects is none."""
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("train: {steps: x, seed: y, stps: 3}\n")
+    with pytest.raises(ValueError, match="4 settings do not fit") as error:
+        parse("--config", str(recipe), "--train.seed=1", "--optim.lr=fast", "--optim.lt=1")
+    for part in ("train.stps: no such key", "train.steps: 'x'", "optim.lr: 'fast' must be a number", "optim.lt: no such key"):
+        assert part in str(error.value)
+
+
 def test_missing_recipe_and_preset() -> None:
     """Both are named."""
     with pytest.raises(ValueError, match=r"nowhere\.yaml is not a file"):
@@ -150,7 +244,7 @@ def test_command_line_errors(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "--model.n_layer=3", "--debug"]) == 2
     assert "Traceback" in capsys.readouterr().err
     assert main(["plot", "--run", "nowhere"]) == 2
-    assert capsys.readouterr().err == "megagrin: error: nowhere/metrics.jsonl: No such file or directory\n"
+    assert capsys.readouterr().err == "megagrin: error: --run: nowhere/metrics.jsonl: No such file or directory\n"
     assert main(["trian"]) == 2
     assert "trian: no such command" in capsys.readouterr().err
     assert main([]) == 2
@@ -170,10 +264,11 @@ def test_world_size_that_does_not_fit(monkeypatch: pytest.MonkeyPatch, capsys: p
 def test_print_config_is_complete_yaml(capsys: pytest.CaptureFixture[str]) -> None:
     """--print_config shows every section as a recipe."""
     with pytest.raises(SystemExit) as stop:
-        main(["train", "--model.preset=grin_16x3_8b", "--print_config"])
+        main(["train", "--dry_run", "--model.preset=grin_16x3_8b", "--print_config"])
     assert stop.value.code == 0
     shown = yaml.safe_load(capsys.readouterr().out)
     assert shown["model"]["n_layers"] == 32
+    assert "dry_run" not in shown
     assert set(shown) >= {"train", "model", "router", "balance", "data", "optim", "parallel", "engine", "checkpoint", "metrics"}
 
 

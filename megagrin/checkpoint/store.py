@@ -20,13 +20,17 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 
+from megagrin.arguments import describe
+from megagrin.distributed.runtime import every_rank
 from megagrin.models.transformer import ModelConfig, Transformer
 from megagrin.moe.router import RouterConfig
 
 Format = Literal["native", "deepspeed"]
 FORMAT = 2  # 1 kept all gate rows of an expert before all up rows
+MAX_STEPS = 10**8 - 1
 _NAME = re.compile(r"step_(\d{8})")
 _META = "checkpoint.json"
 DEEPSPEED_FOLDER = "deepspeed"  # holds what DeepSpeed wrote, in a checkpoint of its format
@@ -122,11 +126,13 @@ def read_info(path: Path) -> CheckpointInfo:
         content = json.loads((path / _META).read_text())
         if content["format"] != FORMAT:
             raise ValueError(f"{path / _META}: format {content['format']}, this version reads {FORMAT}")
-        tokens = content.get("tokens")
+        run, tokens = content["run"], content.get("tokens")
+        if not all(isinstance(run[section], dict) for section in ("model", "router")):
+            raise TypeError("run: sections model and router must be mappings")
         source = None if tokens is None else TokenSource(**tokens)
-        return CheckpointInfo(content["step"], content["consumed_samples"], content["run"], content["data"], source)
+        return CheckpointInfo(int(content["step"]), content["consumed_samples"], run, content["data"], source)
     except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path / _META}: not a checkpoint description ({error!r})") from error
+        raise ValueError(f"{path / _META}: not a checkpoint description ({type(error).__name__}: {error})") from error
 
 
 def format_of(path: Path) -> Format:
@@ -197,22 +203,47 @@ def commit(run_dir: Path, info: CheckpointInfo, write: Callable[[Path], None]) -
 
     Returns:
         The committed folder `run_dir/checkpoints/step_<step>`.
+
+    Raises:
+        OSError: on every rank, when one could not write; what was written is removed, earlier checkpoints are as they were.
     """
     target = run_dir / "checkpoints" / f"step_{info.step:08d}"
     partial = target.with_name(f".{target.name}.partial")
-    main = dist.get_rank() == 0
-    if main:
+
+    def prepare() -> None:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-    dist.barrier()
-    write(partial)
-    dist.barrier()
-    if main:
+
+    def publish() -> None:
         _write_info(partial, info)
         shutil.rmtree(target, ignore_errors=True)
         partial.rename(target)
-    dist.barrier()
+
+    main = dist.get_rank() == 0
+    steps: list[Callable[[], None]] = [prepare if main else _nothing, lambda: write(partial), publish if main else _nothing]
+    for step in steps:
+        if reason := _failure(step):
+            if main:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise every_rank(OSError(f"{target}: the checkpoint of step {info.step} cannot be written: {reason}"))
     return target
+
+
+def _nothing() -> None:
+    pass
+
+
+def _failure(step: Callable[[], None]) -> str:
+    """Take a step on every rank, and tell every rank the reason of the first one that failed; empty when none did."""
+    reason = ""
+    try:
+        step()
+    # DCP's CheckpointException, which wraps what went wrong on some rank, is no Exception.
+    except (Exception, CheckpointException) as error:
+        reason = _cause(error)
+    reasons: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(reasons, reason)
+    return next((found for found in reasons if found), "")
 
 
 def load(path: Path, tensors: dict[str, Tensor]) -> None:
@@ -235,13 +266,19 @@ def _read(path: Path, tensors: dict[str, Tensor], no_dist: bool) -> None:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", category=UserWarning)
             dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(path)), no_dist=no_dist)
-    except Exception as error:  # DCP wraps whatever went wrong on any rank
-        raise ValueError(f"{path}: cannot be loaded into this model: {_cause(error)}") from error
+    except (Exception, CheckpointException) as error:  # DCP wraps whatever went wrong on any rank
+        refusal = ValueError(f"{path}: cannot be loaded into this model: {_cause(error)}")
+        raise every_rank(refusal) if isinstance(error, CheckpointException) else refusal from error
 
 
 def _cause(error: BaseException) -> str:
+    """The reason in a user's words, on one line: of the first rank's failure where DCP collected them."""
+    if isinstance(error, CheckpointException) and error.failures:
+        error = next(iter(error.failures.values()))[0]
+    if isinstance(error, OSError):
+        return describe(error)
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else repr(error)
+    return lines[-1] if lines else type(error).__name__
 
 
 def load_model(path: Path) -> tuple[Transformer, dict[str, Any]]:
@@ -271,18 +308,23 @@ def save_model(path: Path, model: Transformer, run: dict[str, Any], tokens: Toke
 
     Raises:
         ValueError: the folder exists.
+        OSError: it cannot be written; nothing is left of it.
     """
     if path.exists():
         raise ValueError(f"{path}: exists already")
     partial = path.with_name(f".{path.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", category=UserWarning)
-        writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
-        dcp.save(model_tensors(model), storage_writer=writer, no_dist=True)
-    _write_info(partial, CheckpointInfo(0, 0, run, tokens=tokens))
-    partial.rename(path)
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=UserWarning)
+            writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
+            dcp.save(model_tensors(model), storage_writer=writer, no_dist=True)
+        _write_info(partial, CheckpointInfo(0, 0, run, tokens=tokens))
+        partial.rename(path)
+    except (Exception, CheckpointException) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise OSError(f"{path}: the checkpoint cannot be written: {_cause(error)}") from error
 
 
 def prune(run_dir: Path, keep: int) -> None:

@@ -10,6 +10,8 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 
+MAX_TIMEOUT_MINUTES = 7 * 24 * 60  # beyond some years torch's clocks overflow; a week is as good as for ever
+
 
 @dataclass(frozen=True)
 class RuntimeConfig:
@@ -28,8 +30,8 @@ class RuntimeConfig:
     def violations(self) -> list[str]:
         """Every broken rule of this section, as `field: value and rule`."""
         broken = []
-        if self.timeout_minutes <= 0:
-            broken.append(f"runtime.timeout_minutes: {self.timeout_minutes} must be positive")
+        if not 0 < self.timeout_minutes <= MAX_TIMEOUT_MINUTES:
+            broken.append(f"runtime.timeout_minutes: {self.timeout_minutes} must lie in (0, {MAX_TIMEOUT_MINUTES}] (a week)")
         if self.device == "cuda" and not torch.cuda.is_available():
             broken.append("runtime.device: cuda, but torch sees no CUDA device; use auto or cpu")
         return broken
@@ -62,8 +64,13 @@ def world_size_from_environment() -> int:
     return int(text)
 
 
+def device_type(choice: str) -> str:
+    """The kind of device that runtime.device comes to on this machine, cpu or cuda."""
+    return "cpu" if choice == "cpu" or not torch.cuda.is_available() else "cuda"
+
+
 def _pick_device(choice: str, local_rank: int) -> torch.device:
-    if choice == "cpu" or not torch.cuda.is_available():
+    if device_type(choice) == "cpu":
         return torch.device("cpu")
     if local_rank >= torch.cuda.device_count():
         raise ValueError(
@@ -72,6 +79,15 @@ def _pick_device(choice: str, local_rank: int) -> torch.device:
         )
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
+
+
+_EVERY_RANK = "every rank"
+
+
+def every_rank(error: Exception) -> Exception:
+    """Mark an error that all ranks raise together: one of them says it for all."""
+    error.add_note(_EVERY_RANK)
+    return error
 
 
 joined = False  # whether this process has been in a process group: megagrin.cli.entry asks
@@ -101,7 +117,8 @@ def session(config: RuntimeConfig) -> Iterator[Runtime]:
         dist.barrier()
     except Exception as error:
         # From here on an error may belong to this rank alone: the command line then says which, whatever the rank.
-        error.add_note(f"rank {dist.get_rank()}")
+        if _EVERY_RANK not in getattr(error, "__notes__", []):
+            error.add_note(f"rank {dist.get_rank()}")
         raise
     finally:
         dist.destroy_process_group()

@@ -74,10 +74,12 @@ class EngineConfig:
     def violations(self) -> list[str]:
         """Every broken rule of this section, as `field: value and rule`."""
         broken = []
-        if self.recompute == "budget" and self.recompute_budget_gib <= 0:
+        if self.recompute == "budget" and self.recompute_budget_gib == 0:
             broken.append(
                 f"engine.recompute_budget_gib: {self.recompute_budget_gib} must be positive with engine.recompute=budget"
             )
+        if self.recompute_budget_gib < 0:
+            broken.append(f"engine.recompute_budget_gib: {self.recompute_budget_gib} must not be negative")
         if self.recompute == "selective" and not self.recompute_parts:
             broken.append("engine.recompute_parts: none given, but engine.recompute=selective; take engine.recompute=none")
         return broken

@@ -8,6 +8,7 @@ Shape suffixes: B sequences, S positions, V vocabulary.
 
 import dataclasses
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -16,12 +17,12 @@ from typing import Any, Literal
 
 import torch
 import yaml
-from jsonargparse import ArgumentParser
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from megagrin import config
+from megagrin.arguments import CommandParser, about, require_folder
 from megagrin.checkpoint import store
 from megagrin.hf.mapping import Layout, from_hf_config, hf_views, stored_shape, to_hf_config
 from megagrin.hf.tokenizer import generation_config, read_tokenizer, write_tokenizer
@@ -60,8 +61,8 @@ class ExportOptions:
         broken = []
         if self.dtype not in _DTYPES:
             broken.append(f"--dtype: {self.dtype} is none of {', '.join(_DTYPES)}")
-        if not self.max_shard_gb > 0:
-            broken.append(f"--max_shard_gb: {self.max_shard_gb} must be positive")
+        if not 0 < self.max_shard_gb < float("inf"):
+            broken.append(f"--max_shard_gb: {self.max_shard_gb} must be a positive finite number")
         return broken
 
 
@@ -117,7 +118,9 @@ def check_request(
 
 
 def _check_target(out: Path, overwrite: bool) -> None:
-    if not out.exists():
+    """Refuse a target that would destroy something, or cannot be written, before any work is done."""
+    require_folder("--out", out.parent)
+    if not os.path.lexists(out):
         return
     if not overwrite:
         raise ValueError(f"--out: {out} exists; pass --overwrite to replace an earlier export")
@@ -324,9 +327,7 @@ def main_export(argv: list[str]) -> int:
     Raises:
         ValueError, OSError, ImportError: see `export_model`.
     """
-    parser = ArgumentParser(
-        prog="megagrin export-hf", description="Write a checkpoint as a PhimoeForCausalLM folder.", allow_abbrev=False
-    )
+    parser = CommandParser(prog="megagrin export-hf", description="Write a checkpoint as a PhimoeForCausalLM folder.")
     parser.add_argument("--checkpoint", type=str, required=True, help="checkpoint folder, or run folder (its newest checkpoint)")
     parser.add_argument("--out", type=str, required=True, help="folder to create")
     parser.add_argument("--tokenizer", type=str | None, default=None, help="SentencePiece model (default: data.tokenizer)")
@@ -336,12 +337,18 @@ def main_export(argv: list[str]) -> int:
     parser.add_argument("--check", **_FLAG, help="load the export with transformers and compare logits")
     arguments = parser.parse_args(argv)
     options = ExportOptions(arguments.dtype, arguments.max_shard_gb, arguments.overwrite, arguments.check)
-    out, path = Path(arguments.out), store.find(Path(arguments.checkpoint))
-    info = store.read_info(path)
+    config.check(options.violations())
+    out = Path(arguments.out)
+    _check_target(out, options.overwrite)
+    with about("--checkpoint"):
+        path = store.find(Path(arguments.checkpoint))
+        info = store.read_info(path)
     vocabulary = load_vocabulary(arguments.tokenizer, path, info)
     router = RouterConfig(**info.run["router"])
     check_request(ModelConfig(**info.run["model"]), router, vocabulary, out, options)
-    difference = export_model(store.load_model(path)[0], router, vocabulary, out, options)
+    with about("--checkpoint"):
+        model, _ = store.load_model(path)
+    difference = export_model(model, router, vocabulary, out, options)
     remarks = ["" if vocabulary else ", no tokenizer", "" if difference is None else f", logits within {difference:.2g}"]
     print(f"{out}: {path} as PhimoeForCausalLM, {options.dtype}{''.join(remarks)}")
     return 0
@@ -355,16 +362,16 @@ def main_import(argv: list[str]) -> int:
     Raises:
         ValueError, OSError: see `import_model`; the target exists.
     """
-    parser = ArgumentParser(
-        prog="megagrin import-hf", description="Read a PhimoeForCausalLM folder into a checkpoint.", allow_abbrev=False
-    )
+    parser = CommandParser(prog="megagrin import-hf", description="Read a PhimoeForCausalLM folder into a checkpoint.")
     parser.add_argument("--source", type=str, required=True, help="folder with config.json and safetensors weights")
     parser.add_argument("--out", type=str, required=True, help="checkpoint folder to create")
     arguments = parser.parse_args(argv)
     source, out = Path(arguments.source), Path(arguments.out)
-    if out.exists():
+    if os.path.lexists(out):
         raise ValueError(f"--out: {out} exists already")
-    model, router = import_model(source)
+    require_folder("--out", out.parent)
+    with about("--source"):
+        model, router = import_model(source)
     run: dict[str, Any] = {"model": dataclasses.asdict(model.config), "router": dataclasses.asdict(router)}
     recipe = yaml.safe_dump(
         {"model": {key: value for key, value in run["model"].items() if key != "preset"}, "router": run["router"]},

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from jsonargparse import ArgumentParser
 from torch import Tensor
 
 from megagrin import config, rng
+from megagrin.arguments import CommandParser, about
 from megagrin.checkpoint import store
 from megagrin.data_prep.tokenizer import Tokenizer
 from megagrin.inference.vocabulary import load_vocabulary
@@ -169,7 +169,7 @@ def main(argv: list[str]) -> int:
     Raises:
         ValueError: see `generate`; no checkpoint or no tokenizer.
     """
-    parser = ArgumentParser(prog="megagrin generate", description="Continue a prompt with a trained model.", allow_abbrev=False)
+    parser = CommandParser(prog="megagrin generate", description="Continue a prompt with a trained model.")
     parser.add_argument("--checkpoint", type=str, required=True, help="checkpoint folder, or run folder (its newest checkpoint)")
     parser.add_argument("--prompt", type=str, required=True, help="text to continue")
     parser.add_argument("--tokenizer", type=str | None, default=None, help="SentencePiece model (default: data.tokenizer)")
@@ -181,14 +181,16 @@ def main(argv: list[str]) -> int:
     config.check(sampling.violations())
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device: cuda is not available here; use --device=cpu")
-    path = store.find(Path(arguments.checkpoint))
-    info = store.read_info(path)
+    with about("--checkpoint"):
+        path = store.find(Path(arguments.checkpoint))
+        info = store.read_info(path)
     vocabulary = load_vocabulary(arguments.tokenizer, path, info)
     if vocabulary is None:
-        raise ValueError(f"{path}: its run names no data.tokenizer; name the tokenizer by --tokenizer")
+        raise ValueError(f"--checkpoint: {path}: its run names no data.tokenizer; name the tokenizer by --tokenizer")
     prompt = vocabulary.prompt_ids(arguments.prompt)
     config.check(request_violations(ModelConfig(**info.run["model"]), prompt, sampling))  # before weights are read
-    model, _ = store.load_model(path)
+    with about("--checkpoint"):
+        model, _ = store.load_model(path)
     tokenizer = vocabulary.tokenizer
     new: list[int] = []
     tokens = generate(model.to(arguments.device), prompt, sampling, vocabulary.end_id, tokenizer.vocab_size)

@@ -84,6 +84,11 @@ class ModelConfig:
             )
             if getattr(self, name) < 1
         ]
+        broken += [
+            f"model.{name}: {getattr(self, name)} must be positive"
+            for name in ("rope_theta", "norm_eps", "init_std")
+            if not getattr(self, name) > 0
+        ]
         if self.n_kv_heads > 0 and self.n_heads % self.n_kv_heads:
             broken.append(f"model.n_heads: {self.n_heads} must be a multiple of model.n_kv_heads ({self.n_kv_heads})")
         if self.head_dim % 2:

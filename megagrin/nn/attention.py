@@ -204,6 +204,13 @@ def attention_layers(model: nn.Module) -> list[Attention]:
     return [module for module in model.modules() if isinstance(module, Attention)]
 
 
+def backend_problem(backend: AttentionBackend, device_type: str) -> str:
+    """Why a kernel of attention cannot be had on a kind of device, as `field: value and rule`; empty when it can."""
+    if backend == "flex" and device_type != "cuda":
+        return f"engine.attention: flex needs a CUDA device, this is {device_type}; take sdpa or auto"
+    return ""
+
+
 def use_backend(
     layers: list[Attention], mask: SequenceMask, backend: AttentionBackend, device: torch.device, dtype: torch.dtype
 ) -> None:
@@ -219,8 +226,8 @@ def use_backend(
     Raises:
         ValueError: flex without CUDA, where it has no backward pass.
     """
-    if backend == "flex" and device.type != "cuda":
-        raise ValueError(f"engine.attention: flex needs a CUDA device, this is {device.type}; take sdpa or auto")
+    if problem := backend_problem(backend, device.type):
+        raise ValueError(problem)
     at_home = device.type == "cuda" and dtype == torch.bfloat16 and all(layer.head_dim >= 16 for layer in layers)
     core = FlexCore if backend == "flex" or (backend == "auto" and at_home) else SdpaCore
     for attention in layers:

@@ -3,6 +3,7 @@
 Shape suffixes: L = MoE layers, E = experts.
 """
 
+import importlib.util
 import json
 import logging
 import math
@@ -58,6 +59,8 @@ class MetricsConfig:
             for name, value in (("log_interval", self.log_interval), ("load_interval", self.load_interval))
             if value < 1
         ]
+        if self.tensorboard and importlib.util.find_spec("tensorboard") is None:
+            broken.append("metrics.tensorboard: true needs tensorboard: pip install 'megagrin[tensorboard]'")
         if self.peak_tflops is not None and not 0 < self.peak_tflops < math.inf:
             broken.append(f"metrics.peak_tflops: {self.peak_tflops} must be a positive number")
         return broken

@@ -3,7 +3,6 @@
 Array suffixes: N rows, L layers, E experts.
 """
 
-import argparse
 import itertools
 import math
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from megagrin.arguments import CommandParser, about, require_folder
 from megagrin.observe.metrics import FILE_NAME, read_metrics
 
 if TYPE_CHECKING:
@@ -247,9 +247,11 @@ def main(argv: Sequence[str]) -> int:
         ValueError: metrics.jsonl holds no losses or is damaged, or --last is below 1.
         ImportError: matplotlib is not installed.
     """
-    parser = argparse.ArgumentParser(prog="megagrin plot", description="Draw a run's loss curves and expert load.")
+    parser = CommandParser(prog="megagrin plot", description="Draw a run's loss curves and expert load.")
     parser.add_argument("--run", type=Path, required=True, metavar="DIR", help="folder of the run")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="folder for the pictures (default: RUN/plots)")
+    parser.add_argument(
+        "--out", type=Path | None, default=None, metavar="DIR", help="folder of the pictures (default: RUN/plots)"
+    )
     parser.add_argument(
         "--last", type=int, default=100, metavar="N", help="rows averaged in the map of expert load (default: 100)"
     )
@@ -257,14 +259,16 @@ def main(argv: Sequence[str]) -> int:
     if arguments.last < 1:
         raise ValueError(f"--last: {arguments.last} must be at least 1")
     source = arguments.run / FILE_NAME
-    rows = read_metrics(source)
+    with about("--run"):
+        rows = read_metrics(source)
     if not any("loss" in row or "valid_loss" in row for row in rows):
-        raise ValueError(f"{source}: holds no row with a loss; has the run finished its first step?")
+        raise ValueError(f"--run: {source}: holds no row with a loss; has the run finished its first step?")
+    out = arguments.out or arguments.run / "plots"
+    require_folder("--out", out)
     _load_matplotlib()
     from matplotlib import pyplot as plt
 
     title = arguments.run.resolve().name
-    out = arguments.out or arguments.run / "plots"
     out.mkdir(parents=True, exist_ok=True)
     with plt.rc_context(_STYLE):
         pictures = {"loss.png": plot_loss(rows, title)}

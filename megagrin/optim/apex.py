@@ -23,21 +23,31 @@ def use_apex(choice: str, knob: str, extension: str, example: Tensor) -> bool:
     """
     if choice == "torch":
         return False
-    problem = ""
-    if example.device.type != "cuda":
-        problem = f"runs on CUDA devices only, and this run is on {example.device.type}"
-    elif example.dtype == torch.float64:
-        problem = "does not compute in fp64"
-    else:
-        missing = [name for name in ("apex", extension) if importlib.util.find_spec(name) is None]
-        if missing:
-            problem = (
-                f"cannot be imported ({', '.join(missing)} not found); build it from https://github.com/NVIDIA/apex "
-                "with its C++ and CUDA extensions (the package of that name on PyPI is another one)"
-            )
+    problem = apex_problem(example.device.type, example.dtype, extension)
     if problem and choice == "apex":
         raise ValueError(f"{knob}: apex {problem}; use auto or torch")
     return not problem
+
+
+def apex_problem(device_type: str, dtype: torch.dtype, extension: str) -> str:
+    """Why apex cannot compute something here, to be put behind its name; empty when it can.
+
+    Args:
+        device_type: of the tensors.
+        dtype: of the tensors.
+        extension: compiled module that apex needs for it.
+    """
+    if device_type != "cuda":
+        return f"runs on CUDA devices only, and this run is on {device_type}"
+    if dtype == torch.float64:
+        return "does not compute in fp64"
+    missing = [name for name in ("apex", extension) if importlib.util.find_spec(name) is None]
+    if missing:
+        return (
+            f"cannot be imported ({', '.join(missing)} not found); build it from https://github.com/NVIDIA/apex "
+            "with its C++ and CUDA extensions (the package of that name on PyPI is another one)"
+        )
+    return ""
 
 
 class ApexAdam(torch.optim.Optimizer):

@@ -7,7 +7,6 @@ is left out before anything is launched, and a candidate whose result differs fr
 Shape suffixes: T tokens, R routed rows, E experts, D model width, F expert width, N output and K contracted features.
 """
 
-import argparse
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -17,8 +16,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from jsonargparse import Namespace
 from torch import Tensor
 
+from megagrin.arguments import CommandParser, check, require_folder
 from megagrin.distributed.runtime import RuntimeConfig, session
 from megagrin.kernels import tuning
 from megagrin.kernels.tuning import BlockConfig, Key, Op, Table
@@ -270,39 +271,51 @@ class CudaMeasure:
         return begin.elapsed_time(end) / 1e3 / self.per_round
 
 
-def _layers(options: argparse.Namespace) -> list[LayerShape]:
+def _layers(options: Namespace) -> list[LayerShape]:
     if options.shape:
-        layers = []
-        for text in options.shape:
-            numbers = text.split("x")
-            if len(numbers) != 5 or not all(number.isdigit() and int(number) > 0 for number in numbers):
-                raise ValueError(f"--shape: {text!r} must be TOKENSxD_MODELxD_FFxEXPERTSxTOP_K, all positive")
-            layers.append(LayerShape(*map(int, numbers)))
-        return layers
+        return [_shape(text) for text in options.shape]
     if options.preset not in PRESETS or not PRESETS[options.preset].is_moe:
         known = ", ".join(name for name, model in PRESETS.items() if model.is_moe)
         raise ValueError(f"--preset: {options.preset} is none of {known}")
+    check([f"--tokens: {tokens} must be at least 1" for tokens in options.tokens if tokens < 1])
     model = PRESETS[options.preset]
     return [LayerShape(tokens, model.d_model, model.d_ff, model.n_experts, model.top_k) for tokens in options.tokens]
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="megagrin kernels", description=__doc__.split("\n", 1)[0])
-    tune_ = parser.add_subparsers(dest="action", required=True).add_parser("tune", help="measure on this GPU, write the table")
-    tune_.add_argument("--preset", default="grin_16x3_8b", help="model whose layers to tune for")
-    tune_.add_argument("--tokens", type=int, nargs="+", default=[8192, 32768], help="tokens of a micro-batch, with --preset")
-    tune_.add_argument(
+def _shape(text: str) -> LayerShape:
+    numbers = text.split("x")
+    if len(numbers) != 5 or not all(number.isdecimal() and 0 < int(number) < 1 << 31 for number in numbers):
+        raise ValueError(f"--shape: {text!r} must be TOKENSxD_MODELxD_FFxEXPERTSxTOP_K, all positive and below 2^31")
+    layer = LayerShape(*map(int, numbers))
+    if layer.top_k > layer.n_experts:
+        raise ValueError(f"--shape: {text!r} has a top-k of {layer.top_k}, which must not exceed its {layer.n_experts} experts")
+    return layer
+
+
+def _parser() -> CommandParser:
+    parser = CommandParser(prog="megagrin kernels tune", description="Measure block sizes on this GPU and write the table.")
+    parser.add_argument("--preset", default="grin_16x3_8b", help="model whose layers to tune for")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[8192, 32768], help="tokens of a micro-batch, with --preset")
+    parser.add_argument(
         "--shape", action="append", metavar="TxDxFxExK", help="tokens, d_model, d_ff, experts, top-k in place of --preset"
     )
-    tune_.add_argument("--out", type=Path, help="folder of tables; default: MEGAGRIN_TUNED, or kernels/tuned")
-    tune_.add_argument("--seconds", type=float, default=600.0, help="start no further product after this time")
+    parser.add_argument("--out", type=Path | None, default=None, help="folder of tables (default: MEGAGRIN_TUNED)")
+    parser.add_argument("--seconds", type=float, default=600.0, help="start no further product after this time")
     return parser
 
 
 def main(argv: list[str]) -> int:
-    """Measure on rank 0, share, write."""
-    options = _parser().parse_args(argv)
+    """`megagrin kernels tune`: measure on rank 0, share, write."""
+    if argv and argv[0] in ("-h", "--help"):
+        argv = ["tune", "--help"]
+    if not argv or argv[0] != "tune":
+        raise ValueError(f"kernels: {argv[0] if argv else 'nothing'} is no action; there is: tune")
+    options = _parser().parse_args(argv[1:])
     layers = _layers(options)
+    if not 0 < options.seconds < float("inf"):
+        raise ValueError(f"--seconds: {options.seconds} must be a positive finite number")
+    if options.out is not None:
+        require_folder("--out", options.out)
     if not torch.cuda.is_available():
         raise ValueError("kernels tune: torch sees no CUDA device; block sizes can only be measured on a GPU")
     with session(RuntimeConfig(device="cuda")) as runtime:
@@ -318,7 +331,7 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _measured(layers: list[LayerShape], options: argparse.Namespace, device: torch.device) -> Table:
+def _measured(layers: list[LayerShape], options: Namespace, device: torch.device) -> Table:
     deadline = time.monotonic() + options.seconds
     properties: Any = torch.cuda.get_device_properties(device)  # torch's own types lack the opt-in shared memory
     gpu, version = torch.cuda.get_device_name(device), tuning.triton_version()

@@ -13,7 +13,7 @@ from megagrin.engines.base import StepResult
 from megagrin.observe.metrics import MetricsLogger, expert_load
 from megagrin.optim.schedule import learning_rate
 from megagrin.planning.flops import flops_per_token, model_flops_utilization, peak_flops
-from megagrin.training import rules
+from megagrin.training import preflight, rules
 from megagrin.training.resume import Start
 from megagrin.training.run_config import RunConfig, describe, parse_config
 from megagrin.training.trainer import Trainer
@@ -21,11 +21,11 @@ from megagrin.training.trainer import Trainer
 
 def main(argv: list[str]) -> int:
     """Parse, check, train."""
-    run, options = parse_config(argv, _add_options)
-    world_size = options.world_size or world_size_from_environment()
+    run, options = parse_config(argv, OPTIONS)
+    world_size = _world_size(options)
     config.check(rules.violations(run, world_size))
-    if options.dry_run:
-        _check_files(run)
+    config.check(preflight.violations(run))
+    if options["dry_run"]:
         print(describe(run, world_size))
         return 0
     with session(run.runtime) as runtime:
@@ -33,16 +33,22 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _add_options(parser: Any) -> None:
-    parser.add_argument("--dry_run", action="store_true", help="check configuration and data files, say what would run, and stop")
-    parser.add_argument("--world_size", type=int, default=0, help="with --dry_run: ranks to check the layout for")
+OPTIONS = {
+    "dry_run": config.Option(bool, False, "check everything that can be known before a start, say what would run, and stop"),
+    "world_size": config.Option(int, None, "with --dry_run: ranks to check the layout for"),
+}
 
 
-def _check_files(run: RunConfig) -> None:
-    from megagrin.data.checks import file_violations
-
-    sizes = {"seq_len": run.train.seq_len, "eval_samples": run.train.eval_samples}
-    config.check(file_violations(run.data, vocab_size=run.model.vocab_size, **sizes))
+def _world_size(options: dict[str, Any]) -> int:
+    """Ranks of the run: torchrun's, or those that a dry run is asked about."""
+    given = options["world_size"]
+    if given is None:
+        return world_size_from_environment()
+    if given < 1:
+        raise ValueError(f"--world_size: {given} must be at least 1")
+    if not options["dry_run"] and given != world_size_from_environment():
+        raise ValueError(f"--world_size: {given} needs --dry_run; ranks are started by torchrun (see launch/)")
+    return given
 
 
 def train(run: RunConfig, runtime: Runtime) -> None:

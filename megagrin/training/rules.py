@@ -3,18 +3,42 @@
 Each function below is one group of rules and returns those that are broken, as `section.field: value and rule`.
 """
 
+from dataclasses import fields
+
 from megagrin.engines.zero_settings import violations as kind_violations
 from megagrin.training.run_config import RunConfig
+from megagrin.values import out_of_range
 
 
 def violations(run: RunConfig, world_size: int) -> list[str]:
     """Every broken rule of every section, and of sections together, for a number of ranks."""
+    beyond = dict(out_of_range(run))
     broken = [*run.train.violations(), *run.model.violations(), *run.router.violations(), *run.balance.violations()]
     broken += [*run.optim.violations(), *run.checkpoint.violations(), *run.metrics.violations()]
     broken += [*run.data.violations(), *run.runtime.violations(), *run.engine.violations()]
     broken += run.parallel.violations(world_size, run.model.n_experts)
-    broken += [*kind_violations(run.engine, run.optim, run.parallel), *_batch(run, world_size), *_sequence(run)]
-    return [*broken, *_cuts(run, world_size), *_zero_bubble(run), *_purpose(run)]
+    broken += [*kind_violations(run.engine, run.optim, run.parallel), *_empty_texts(run)]
+    if not beyond:  # what follows calculates with several settings
+        broken += [*_batch(run, world_size), *_sequence(run), *_schedule(run)]
+        broken += [*_cuts(run, world_size), *_zero_bubble(run), *_purpose(run)]
+    return [*beyond.values(), *(rule for rule in broken if rule.partition(":")[0] not in beyond)]
+
+
+def _empty_texts(run: RunConfig) -> list[str]:
+    """Names and paths that hold nothing, or what no path can hold."""
+    broken = []
+    for section in fields(run):
+        for setting in fields(part := getattr(run, section.name)):
+            value = getattr(part, setting.name)
+            if isinstance(value, str) and (not value.strip() or "\0" in value):
+                broken.append(f"{section.name}.{setting.name}: {value!r} must not be empty, nor hold a NUL character")
+    return broken
+
+
+def _schedule(run: RunConfig) -> list[str]:
+    """Rules of the learning rate over the run's steps."""
+    steps, warmup = run.train.steps, run.optim.warmup_steps
+    return [f"optim.warmup_steps: {warmup} must not exceed train.steps ({steps})"] if warmup > steps >= 1 else []
 
 
 def _batch(run: RunConfig, world_size: int) -> list[str]:

@@ -2,12 +2,12 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from megagrin import config
-from megagrin.checkpoint.store import CheckpointConfig
+from megagrin.checkpoint.store import MAX_STEPS, CheckpointConfig
 from megagrin.data.loader import DataConfig
 from megagrin.distributed.mesh import ParallelConfig
 from megagrin.distributed.runtime import RuntimeConfig
@@ -60,6 +60,8 @@ class TrainConfig:
             for name in ("steps", "seq_len", "global_batch_size", "micro_batch_size", "eval_samples")
             if getattr(self, name) < 1
         ]
+        if self.steps > MAX_STEPS:
+            broken.append(f"train.steps: {self.steps} must not exceed {MAX_STEPS}: checkpoints are named by eight digits")
         if not 0 <= self.seed < 1 << 63:
             broken.append(f"train.seed: {self.seed} must lie in [0, 2^63)")
         if self.eval_interval < 0:
@@ -84,18 +86,31 @@ class RunConfig:
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
 
 
-def _preset_defaults(peek: Callable[[str], str | None]) -> dict[str, Any]:
-    name = peek("model.preset")
+CHANGED = " (changed)"
+
+
+def _preset_defaults(look: Callable[[str], Any]) -> dict[str, Any]:
+    name = look("model.preset")
     if name is None:
         return {}
-    if name not in PRESETS:
-        raise ValueError(f"model.preset: {name} is none of {', '.join(PRESETS)}")
-    return {f"model.{key}": value for key, value in dataclasses.asdict(PRESETS[name]).items()}
+    base = name.removesuffix(CHANGED)
+    if base not in PRESETS:
+        raise ValueError(f"model.preset: {name or repr(name)} is none of {', '.join(PRESETS)}")
+    return {f"model.{key}": value for key, value in dataclasses.asdict(PRESETS[base]).items()}
 
 
-def parse_config(argv: list[str], extra: Callable[[Any], None] | None = None) -> tuple[RunConfig, Any]:
+def name_shape(run: RunConfig) -> RunConfig:
+    """The same run, its model under its right name: a preset's alone where every field is the preset's, else with CHANGED."""
+    base = run.model.preset.removesuffix(CHANGED)
+    if base not in PRESETS:
+        return run
+    as_preset = replace(run.model, preset=base)
+    return replace(run, model=as_preset if as_preset == PRESETS[base] else replace(as_preset, preset=base + CHANGED))
+
+
+def parse_config(argv: list[str], extra: Mapping[str, config.Option] | None = None) -> tuple[RunConfig, dict[str, Any]]:
     """Recipe files and overrides to a configuration; rules are not checked yet, see `rules.violations`."""
-    return config.parse(RunConfig, argv, "megagrin train", DESCRIPTION, _preset_defaults, extra)
+    return config.parse(RunConfig, argv, "megagrin train", DESCRIPTION, _preset_defaults, extra, name_shape)
 
 
 def _degrees(**sizes: int) -> list[tuple[str, int]]:
@@ -113,10 +128,9 @@ def describe(run: RunConfig, world_size: int) -> str:
     tokens = train.global_batch_size * train.seq_len
     dense = " × ".join(f"{name} {size}" for name, size in _degrees(pp=parallel.pp, dp=dp, cp=parallel.cp, tp=parallel.tp))
     experts = " × ".join(f"{name} {size}" for name, size in _degrees(edp=edp, ep=parallel.ep, etp=parallel.etp))
-    digits = max(0, 3 - int(math.log10(max(1, total / 1e6))))
     return "\n".join(
         [
-            f"model    {run.model.preset}: {total / 1e6:.{digits}f}M parameters, {active / 1e6:.{digits}f}M active per token",
+            f"model    {run.model.preset}: {_count(total)} parameters, {_count(active)} active per token",
             f"layout   {world_size} ranks: {dense}; experts {experts}",
             f"batch    {tokens:,} tokens: {train.global_batch_size} sequences of {train.seq_len}, "
             f"{accumulation} micro-batches a rank",
@@ -124,6 +138,14 @@ def describe(run: RunConfig, world_size: int) -> str:
             *_describe_pipeline(run, accumulation),
         ]
     )
+
+
+def _count(number: int) -> str:
+    """With a unit, to four digits: 0.214M, 5.214M, 41.87B, 1.203T."""
+    for size, unit in ((10**6, "M"), (10**9, "B"), (10**12, "T")):
+        if number < 1000 * size:
+            return f"{number / size:.{3 - max(0, int(math.log10(max(1, number / size))))}f}{unit}"
+    return f"{number:.1e}"
 
 
 def _describe_pipeline(run: RunConfig, micro_batches: int) -> list[str]:

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from megagrin import config
 from megagrin.checkpoint import store
 from megagrin.checkpoint.store import CheckpointInfo
 from megagrin.checkpoint.tokens import token_source
@@ -13,6 +14,7 @@ from megagrin.data.loader import IGNORED_LABEL, Batch, GlobalBatches, evaluation
 from megagrin.distributed.mesh import ParallelMesh, build_mesh
 from megagrin.distributed.runtime import Runtime
 from megagrin.engines.base import Engine
+from megagrin.engines.builds import bounded_builds
 from megagrin.engines.deepspeed import DeepSpeedEngine
 from megagrin.engines.native import NativeEngine
 from megagrin.training.resume import Start, find_start
@@ -66,7 +68,8 @@ class Trainer:
                 **common,
             )
             self._require_labels()
-        self.engine = build_engine(run, self.mesh, runtime.device)
+        with bounded_builds(run.runtime.timeout_minutes * 60):
+            self.engine = build_engine(run, self.mesh, runtime.device)
 
     def _require_labels(self) -> None:
         labelled = torch.stack([(batch.labels_BS != IGNORED_LABEL).sum() for batch in self.valid]).sum().to(self.runtime.device)
@@ -89,10 +92,12 @@ class Trainer:
             return start
         if start.weights_only:
             weights = self.engine.state(optimizer=False)
-            store.load(start.checkpoint, weights)
+            with config.about("train.init_from"):
+                store.load(start.checkpoint, weights)
             self.engine.load_state(weights, 0)
         else:
-            self.engine.load(start.checkpoint, start.step)
+            with config.about("train.run_dir"):
+                self.engine.load(start.checkpoint, start.step)
         return start
 
     def save(self, step: int) -> Path:

@@ -236,7 +236,7 @@ def test_files_without_a_label_are_refused(tmp_path: Path) -> None:
 
 def test_config_violations() -> None:
     assert DataConfig().violations() == []
-    assert DataConfig(num_workers=-1).violations() == ["data.num_workers: -1 must not be negative"]
+    assert DataConfig(num_workers=-1).violations() == ["data.num_workers: -1 must lie in [0, 256]"]
 
 
 def test_negative_step(prefix: str) -> None:

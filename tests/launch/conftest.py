@@ -25,6 +25,7 @@ def recipe(tmp_path: Path) -> Path:
     sections = {
         "model": model | {"vocab_size": VOCAB, "max_positions": 32, "window": 32},
         "train": {"run_dir": str(tmp_path / "run"), "steps": 6, "seq_len": 32, "global_batch_size": 4, "micro_batch_size": 2},
+        "optim": {"warmup_steps": 2},
         "data": {"train": str(tmp_path / "train")},
         "engine": {"dtype": "fp32"},
         "parallel": {"ep": 2},

@@ -112,7 +112,7 @@ def test_column_takes_the_rows_that_have_the_field() -> None:
 
 
 def test_missing_run_names_the_file(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"nowhere/metrics\.jsonl"):
+    with pytest.raises(ValueError, match=r"--run: .*nowhere/metrics\.jsonl"):
         main(["--run", str(tmp_path / "nowhere")])
 
 
