@@ -8,11 +8,16 @@ import textwrap
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from megagrin.data_prep.tokenize import TokenizeConfig, tokenize
 from megagrin.data_prep.tokenizer import TokenizerConfig, train_tokenizer
 
 VOCAB_SIZE = 700
+
+# Writing token files waits for the disk: a busy machine took 0.7 s for an example, whose limit is 0.2 s by default.
+settings.register_profile("unhurried", deadline=None)
+settings.load_profile("unhurried")
 
 
 @pytest.fixture(scope="session")
