@@ -101,7 +101,7 @@ def test_changed_settings_are_named_and_kept(tmp_path: Path, tokens: str, capsys
     run = tmp_path / "run"
     assert train(run, tokens, 3) == 0
     assert rates(run) == pytest.approx([1e-3, 5.5e-4, 1e-4], rel=1e-12)
-    assert "changed" not in capsys.readouterr().out
+    assert "changed  " not in capsys.readouterr().out
     assert train(run, tokens, 5, "--optim.lr=0.002") == 0
     output = capsys.readouterr().out.splitlines()
     changed = [line.removeprefix("changed  ") for line in output if line.startswith("changed")]
