@@ -237,7 +237,10 @@ def recompute_case(stage: int, mode: str) -> Any:
     """A ZeRO stage with a way to recompute; CI has the stage whose weights are gone when backward wants them."""
     marks = () if stage == 3 and mode != "budget" else (pytest.mark.long,)
     return pytest.param(
-        2, Run(EP2, 1, "fp32", 2, documents=True, engine={"zero": stage} | RECOMPUTED[mode]), id=f"zero{stage}-{mode}", marks=marks
+        2,
+        Run(EP2, 1, "fp32", 2, documents=True, engine={"zero": stage} | RECOMPUTED[mode]),
+        id=f"zero{stage}-{mode}",
+        marks=marks,
     )
 
 
