@@ -1,12 +1,12 @@
 """Draws of the router that differ between a layout and the same run in one process, and what makes them rarer.
 
-Random layouts of two and four ranks on gloo with ZeRO stages, accumulation and documents, a tiny model with six experts. Counted are
-draws, per million, that differ from one process's, over all steps; the layouts with any; and the largest difference of a loss.
+Random layouts of two and four ranks on gloo with ZeRO stages, accumulation and documents, a tiny model with six experts. Counted
+are draws, per million, that differ from one process's, over all steps; the layouts with any; and the largest difference of a loss.
 
     python benchmarks/flipped_draws.py [--layouts 16] [--steps 15] [--cases fp32:0.35:plain ...]
 
-A case is dtype:mask_eps:variant. Variants change where rounding enters: `logits64` multiplies the router's matrix in fp64 and rounds
-the logits to fp32; `draw64` keeps them fp64 through softmax and draw; `reduce64` sums gradients over ranks in fp64.
+A case is dtype:mask_eps:variant. Variants change where rounding enters: `logits64` multiplies the router's matrix in fp64 and
+rounds the logits to fp32; `draw64` keeps them fp64 through softmax and draw; `reduce64` sums gradients over ranks in fp64.
 """
 
 import argparse
