@@ -1,7 +1,8 @@
 """Draws of the router that differ between a layout and the same run in one process, and what makes them rarer.
 
 Random layouts of two and four ranks on gloo with ZeRO stages, accumulation and documents, a tiny model with six experts. Counted
-are draws, per million, that differ from one process's, over all steps; the layouts with any; and the largest difference of a loss.
+are draws, per million, that differ from one process's, over all steps; the layouts with any; and the
+largest difference of a loss.
 
     python benchmarks/flipped_draws.py [--layouts 16] [--steps 15] [--cases fp32:0.35:plain ...]
 
@@ -28,6 +29,7 @@ from helpers import GlooPool
 
 from megagrin import rng
 from megagrin.moe import router
+from megagrin.optim.optimizer import OptimConfig
 from megagrin.parallel import data
 
 CASES = [
@@ -69,6 +71,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layouts", type=int, default=16)
     parser.add_argument("--steps", type=int, default=15)
+    parser.add_argument("--adam_eps", type=float, default=OptimConfig().eps)
     parser.add_argument("--cases", nargs="+", default=CASES)
     options = parser.parse_args()
     pool = GlooPool()
@@ -79,7 +82,7 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|---|---|---|")
     for case in options.cases:
         dtype, eps, variant = case.split(":")
-        layouts = random_layouts(options.layouts, 0, options.steps, float(eps), dtype)
+        layouts = random_layouts(options.layouts, 0, options.steps, float(eps), dtype, options.adam_eps)
         runs = [pool.run(1, timed, layouts[0][1].reference(), variant)[0] for _ in range(3)]
         alone, seconds = runs[0][0], statistics.median(seconds for _, seconds in runs)
         flips = [compare_draws([d for d, _ in pool.run(ranks, timed, run, variant)], alone) for ranks, run in layouts]

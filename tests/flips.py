@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from common import MODEL, ROUTER, SEQ, SEQUENCES, Run, build_engine, micro_batches
+from common import MODEL, OPTIM, ROUTER, SEQ, SEQUENCES, Run, build_engine, micro_batches
 from torch import Tensor
 
 from megagrin.data.loader import DataConfig
@@ -27,15 +27,17 @@ SHAPE = replace(MODEL, n_experts=6, n_kv_heads=4)
 ONE_STEP = 2.0**-30  # of the fixed point that a draw inverts
 
 
-def random_layouts(count: int, seed: int, steps: int, mask_eps: float, dtype: str) -> list[tuple[int, Run]]:
+def random_layouts(
+    count: int, seed: int, steps: int, mask_eps: float, dtype: str, adam_eps: float = OPTIM.eps
+) -> list[tuple[int, Run]]:
     """Different valid layouts of two and four ranks, with ZeRO stages and accumulation."""
     pick = random.Random(seed)
     runs: list[tuple[int, Run]] = []
     while len(runs) < count:
-        ranks, degrees = pick.choice([2, 4]), [pick.choice([1, 1, 2, 4]) for _ in range(6)]
-        parallel = ParallelConfig(**dict(zip(("tp", "pp", "cp", "ep", "etp", "dp_replicate"), degrees, strict=True)))
+        ranks, (tp, pp, cp, ep, etp, copies) = pick.choice([2, 4]), [pick.choice([1, 1, 2, 4]) for _ in range(6)]
+        parallel = ParallelConfig(tp=tp, pp=pp, cp=cp, ep=ep, etp=etp, dp_replicate=copies)
         run = Run(parallel, pick.choice([1, 2, 4]), dtype, steps, SHAPE, replace(ROUTER, mask_eps=mask_eps), documents=True)
-        run = replace(run, engine={"zero": pick.choice([1, 2, 3])})
+        run = replace(run, engine={"zero": pick.choice([1, 2, 3])}, optim=replace(OPTIM, eps=adam_eps))
         train = TrainConfig(seq_len=SEQ, global_batch_size=SEQUENCES, micro_batch_size=run.micro)
         engine = EngineConfig(dtype=dtype, **run.engine)  # type: ignore[arg-type]
         config = RunConfig(train, run.model, run.router, run.balance, DataConfig("tokens"), run.optim, run.parallel, engine)
@@ -130,13 +132,14 @@ def compare_draws(ranks: list[Drawn], alone: Drawn) -> Flips:
         assert all(experts.get(place, drawn_) == drawn_ for place, drawn_ in rank.experts.items())
         experts |= rank.experts
     assert experts.keys() == alone.experts.keys(), "a token was not routed"
-    flipped, first = 0, {}
+    flipped = 0
+    first: dict[tuple[int, int], list[float]] = {}
     for place in sorted(alone.experts):
         pairs = list(zip(experts[place], alone.experts[place], strict=True))
         differing = [draw for draw, (ours, expected) in enumerate(pairs) if ours != expected]
         flipped += len(differing)
         if differing:
-            first.setdefault(place[:2], []).append(alone.edges[place][differing[0]])
+            first.setdefault((place[0], place[1]), []).append(alone.edges[place][differing[0]])
     # Only in the first layer of the first step with a flip has nothing but rounding come before it.
     edge = max(first[min(first)]) if first else 0.0
     loss = max(abs(ours / expected - 1) for ours, expected in zip(ranks[0].losses, alone.losses, strict=True))

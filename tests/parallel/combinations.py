@@ -15,21 +15,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
-TESTS = Path(__file__).parents[1]
-README = TESTS.parent / "README.md"
-sys.path[:0] = [str(TESTS)] * (str(TESTS) not in sys.path)
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from common import Run
 
 from megagrin.engines.base import EngineConfig
 from megagrin.parallel.recompute import RecomputePart
 
+README = Path(__file__).parents[2] / "README.md"
 MODES = ("full", "selective", "budget", *get_args(RecomputePart))  # selective: the parts of one who names none
 ZERO3, ZERO12, DEEPSPEED = ("zero3",), ("zero1", "zero2"), ("deepspeed1", "deepspeed2", "deepspeed3")
 COLUMNS: dict[str, tuple[str, ...]] = {
     "tp": ("tp",),
     "pp": ("pp-1f1b", "pp-interleaved_1f1b", "pp-zero_bubble"),
-    "cp": ("cp-allgather", "cp-ulysses"),
+    "cp": ("cp-all_gather", "cp-ulysses"),
     "ep": ("ep", "ep-chunks"),
     "etp": ("etp",),
     "dp_replicate": ("dp_replicate",),
@@ -69,6 +68,13 @@ REFUSED = {
 }
 
 
+MODULES = (
+    *(f"parallel.test_{name}" for name in ("options", "pairs", "recompute", "compile")),
+    "engines.test_zero",
+    "engines.test_deepspeed",
+)
+
+
 class Case(NamedTuple):
     """A case of a test: where pytest finds it, and the options that its run uses."""
 
@@ -101,7 +107,11 @@ def _parameters(module: str) -> Iterator[tuple[str, Any]]:
     for name, function in vars(importlib.import_module(module)).items():
         marks = getattr(function, "pytestmark", []) if name.startswith("test_") else []
         tables = [mark.args for mark in marks if mark.name == "parametrize"]
-        if len(tables) != 1 or tuple(tables[0][0]) != ("world_size", "run") or {m.name for m in marks} & {"skip", "skipif", "xfail"}:
+        if (
+            len(tables) != 1
+            or tuple(tables[0][0]) != ("world_size", "run")
+            or {m.name for m in marks} & {"skip", "skipif", "xfail"}
+        ):
             continue
         for parameter in tables[0][1]:
             if not {mark.name for mark in parameter.marks} & {"skip", "skipif", "xfail"}:
@@ -113,11 +123,13 @@ def cases() -> list[Case]:
     matrix = importlib.import_module("parallel.test_matrix")
     found = []
     for name in matrix.LAYOUTS:
-        test = "test_layout" if name in matrix.FAST else "test_small_layout" if name in matrix.SMALL else "test_layout_over_20_steps"
+        test = (
+            "test_layout" if name in matrix.FAST else "test_small_layout" if name in matrix.SMALL else "test_layout_over_20_steps"
+        )
         held = options_of(*matrix.run_of(name, "fp64", 3), False)
         node = f"{test}[{name}-fp64]" if test == "test_layout_over_20_steps" else f"{test}[{name}]"
         found.append(Case(("parallel.test_matrix", node), held))
-    for module in ("parallel.test_pairs", "parallel.test_recompute", "parallel.test_compile", "engines.test_zero", "engines.test_deepspeed"):
+    for module in MODULES:
         for node, parameter in _parameters(module):
             found.append(Case((module, node), options_of(*parameter.values, module == "engines.test_deepspeed")))
     return found
@@ -129,12 +141,16 @@ def missing(row: tuple[str, ...], column: str, held: list[frozenset[str]]) -> li
     if row == options:  # the diagonal: each alone
         return [(option, "") for option in row if not any(option in case for case in held)]
     zero = row in (ZERO3, ZERO12, DEEPSPEED) and column == "recompute"
-    wanted = {(ours, theirs) for ours in row for theirs in options if (ours, theirs) not in REFUSED and (theirs, ours) not in REFUSED}
+    wanted = {
+        (ours, theirs) for ours in row for theirs in options if (ours, theirs) not in REFUSED and (theirs, ours) not in REFUSED
+    }
     if zero:
         return sorted(pair for pair in wanted if not any(set(pair) <= case for case in held))
     met = {pair for pair in wanted if any(set(pair) <= case for case in held)}
     rows, columns = {ours for ours, _ in met}, {theirs for _, theirs in met}
-    return [(ours, "") for ours, _ in sorted(wanted) if ours not in rows] + [("", t) for _, t in sorted(wanted) if t not in columns]
+    return [(ours, "") for ours, _ in sorted(wanted) if ours not in rows] + [
+        ("", t) for _, t in sorted(wanted) if t not in columns
+    ]
 
 
 def table(held: list[frozenset[str]]) -> str:
