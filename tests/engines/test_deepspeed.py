@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import torch
@@ -37,7 +37,6 @@ from megagrin.engines.base import EngineConfig
 from megagrin.engines.deepspeed import DeepSpeedEngine
 from megagrin.optim.schedule import learning_rate
 from megagrin.parallel.expert import moe_layers
-from megagrin.parallel.recompute import RecomputePart
 
 pytest.importorskip("deepspeed")
 pytestmark = pytest.mark.slow
@@ -230,31 +229,6 @@ def test_offload_to_nvme(gloo: GlooPool, tmp_path: Path, parameters: str) -> Non
 def test_same_run_otherwise(gloo: GlooPool, world_size: int, run: Run) -> None:
     """Longer, other models, recomputation, compiled parts, a rank whose sequences have no label."""
     assert_same(gloo, world_size, replace(run, dtype="fp32"))
-
-
-RECOMPUTED = {
-    "full": {"recompute": "full"},
-    "selective": {"recompute": "selective"},  # the parts that a user gets who names none
-    "budget": {"recompute": "budget", "recompute_budget_gib": 1.0},
-    **{part: {"recompute": "selective", "recompute_parts": (part,)} for part in get_args(RecomputePart)},
-}
-
-
-def recompute_case(stage: int, mode: str) -> Any:
-    """A ZeRO stage with a way to recompute; CI has the stage whose weights are gone when backward wants them."""
-    marks = () if stage == 3 and mode != "budget" else (pytest.mark.long,)
-    return pytest.param(
-        2,
-        Run(EP2, 1, "fp32", 2, documents=True, engine={"zero": stage} | RECOMPUTED[mode]),
-        id=f"zero{stage}-{mode}",
-        marks=marks,
-    )
-
-
-@pytest.mark.parametrize(("world_size", "run"), [recompute_case(stage, mode) for stage in (1, 2, 3) for mode in RECOMPUTED])
-def test_recompute(gloo: GlooPool, world_size: int, run: Run) -> None:
-    """Every stage with every mode and part: what is computed again in backward finds its weights there."""
-    assert_same(gloo, world_size, run)
 
 
 def test_experts_without_tokens(gloo: GlooPool) -> None:

@@ -72,6 +72,7 @@ MODULES = (
     *(f"parallel.test_{name}" for name in ("options", "pairs", "recompute", "compile")),
     "engines.test_zero",
     "engines.test_deepspeed",
+    "engines.test_deepspeed_recompute",
 )
 
 
@@ -131,7 +132,7 @@ def cases() -> list[Case]:
         found.append(Case(("parallel.test_matrix", node), held))
     for module in MODULES:
         for node, parameter in _parameters(module):
-            found.append(Case((module, node), options_of(*parameter.values, module == "engines.test_deepspeed")))
+            found.append(Case((module, node), options_of(*parameter.values, module.startswith("engines.test_deepspeed"))))
     return found
 
 
