@@ -71,9 +71,9 @@ class _NormOutput:
     weights are copied while the norm runs: 2·D numbers for the T·D of its output.
     """
 
-    def __init__(self, norm: nn.LayerNorm, x: Tensor) -> None:
+    def __init__(self, plain: nn.LayerNorm, norm: nn.LayerNorm, x: Tensor) -> None:
         self._x = x.detach()
-        self._norm = copy.copy(norm)
+        self._norm = copy.copy(plain)
         self._norm._parameters = {name: weight.detach().clone() for name, weight in norm.named_parameters()}  # type: ignore[misc]
         self._y: Tensor | None = None
 
@@ -100,10 +100,12 @@ class _ForgetNorms:
             norm.forward = self._watched(norm, norm.forward)
 
     def _watched(self, norm: nn.LayerNorm, forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        plain = copy.copy(norm)  # as it is before FSDP2 makes it another class, which cannot be copied
+
         def run(x: Tensor) -> Tensor:
             y = forward(x)
             # The tensor itself is held, too, until the block is done: its memory must not become another tensor's.
-            self._outputs[y.untyped_storage().data_ptr()] = (y, _NormOutput(norm, x))
+            self._outputs[y.untyped_storage().data_ptr()] = (y, _NormOutput(plain, norm, x))
             return y
 
         return run
