@@ -7,6 +7,7 @@ inside them meet their partners.
 Shape suffixes: … any.
 """
 
+import copy
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -63,16 +64,24 @@ def checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class _NormOutput:
-    """A norm's output that is not kept: computed again from the norm's input, which the norm keeps anyway."""
+    """A norm's output that is not kept: computed again from the norm's input, which the norm keeps anyway.
 
-    def __init__(self, forward: Callable[[Tensor], Tensor], x: Tensor) -> None:
-        self._forward, self._x = forward, x.detach()
+    The next module asks for it in its own backward pass. An engine has gathered the weights of that module then, not the norm's,
+    and calling the norm with its hooks would gather them outside of the order in which an engine expects its modules. So the
+    weights are copied while the norm runs: 2·D numbers for the T·D of its output.
+    """
+
+    def __init__(self, plain: nn.LayerNorm, norm: nn.LayerNorm, x: Tensor) -> None:
+        self._x = x.detach()
+        self._norm = copy.copy(plain)
+        self._norm._parameters = {name: weight.detach().clone() for name, weight in norm.named_parameters()}  # type: ignore[misc]
         self._y: Tensor | None = None
 
     def again(self) -> Tensor:
         if self._y is None:
             with torch.no_grad():
-                self._y = self._forward(self._x)
+                # The class's function: the module's own is the watched one, or compiled for another module.
+                self._y = type(self._norm).forward(self._norm, self._x)
         return self._y
 
 
@@ -86,15 +95,17 @@ class _ForgetNorms:
     def __init__(self, block: nn.Module) -> None:
         self._outputs: dict[int, tuple[Tensor, _NormOutput]] = {}
         self._forward = block.forward
-        norms: list[nn.Module] = [module for module in block.modules() if isinstance(module, nn.LayerNorm)]
+        norms: list[Any] = [module for module in block.modules() if isinstance(module, nn.LayerNorm)]
         for norm in norms:
-            norm.forward = self._watched(norm.forward)
+            norm.forward = self._watched(norm, norm.forward)
 
-    def _watched(self, forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    def _watched(self, norm: nn.LayerNorm, forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        plain = copy.copy(norm)  # as it is before FSDP2 makes it another class, which cannot be copied
+
         def run(x: Tensor) -> Tensor:
             y = forward(x)
             # The tensor itself is held, too, until the block is done: its memory must not become another tensor's.
-            self._outputs[y.untyped_storage().data_ptr()] = (y, _NormOutput(forward, x))
+            self._outputs[y.untyped_storage().data_ptr()] = (y, _NormOutput(plain, norm, x))
             return y
 
         return run

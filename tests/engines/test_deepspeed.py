@@ -154,16 +154,22 @@ MANY = {
     "tp2-ep2-etp2": (4, Run(replace(TP2, ep=2, etp=2), 1)),
     "dp2-etp2-chunks": (4, Run(ParallelConfig(ep=2, etp=2, ep_chunks=2), 1)),
     "cp2-ep2-documents": (4, Run(ParallelConfig(cp=2, ep=2), 1, documents=True)),
+    "ulysses": (2, Run(ParallelConfig(cp=2, cp_method="ulysses"), 2, documents=True)),
     "dp2-tp2-cp2-ep4": (8, Run(ParallelConfig(tp=2, cp=2, ep=4), 1, documents=True)),
 }
 
 
-@pytest.mark.parametrize("layout", MANY)
-@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.long), pytest.param(2, marks=pytest.mark.long), 3])
-def test_same_run(gloo: GlooPool, stage: int, layout: str) -> None:
+def stage_case(stage: int, layout: str) -> Any:
+    """A layout under a ZeRO stage; CI has stage 3."""
+    ranks, run = MANY[layout]
+    marks = () if stage == 3 else (pytest.mark.long,)
+    return pytest.param(ranks, replace(run, dtype="fp32", engine={"zero": stage}), id=f"zero{stage}-{layout}", marks=marks)
+
+
+@pytest.mark.parametrize(("world_size", "run"), [stage_case(stage, layout) for layout in MANY for stage in (1, 2, 3)])
+def test_same_run(gloo: GlooPool, world_size: int, run: Run) -> None:
     """Sampled experts, losses, clip norms, every gradient, final weights; several micro-batches a step."""
-    world_size, run = MANY[layout]
-    assert_same(gloo, world_size, replace(run, dtype="fp32", engine={"zero": stage}))
+    assert_same(gloo, world_size, run)
 
 
 def assert_same(gloo: GlooPool, world_size: int, run: Run) -> None:
@@ -216,6 +222,7 @@ def test_offload_to_nvme(gloo: GlooPool, tmp_path: Path, parameters: str) -> Non
         pytest.param(2, Run(EP2, 2, model=replace(MODEL, top_k=4), engine={"zero": 2, "recompute": "full"}), id="top4-recompute"),
         pytest.param(2, Run(DP, 2, model=replace(MODEL, top_k=1), engine={"zero": 3, "recompute": "full"}), id="top1-recompute3"),
         pytest.param(2, Run(EP2, 2, engine={"zero": 2, "compile": True}), id="compile"),
+        pytest.param(2, Run(EP2, 2, engine={"zero": 1, "compile": True}), id="compile1", marks=pytest.mark.long),
         pytest.param(2, Run(EP2, 1, ignored=4, engine={"zero": 3}), id="rank-without-labels"),
     ],
 )
