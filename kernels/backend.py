@@ -6,6 +6,7 @@ Triton itself is imported late, by the ops that decided for it: the CPU path wor
 import functools
 import importlib.util
 import os
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -43,6 +44,29 @@ def capability(device: torch.device) -> tuple[int, int]:
 @functools.cache
 def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+# Elements of all temporaries of a thread's share of an elementwise pass: in fp32 they stay in a core's second-level cache.
+_PASS_ELEMENTS = 1 << 17
+# torch gives no thread a smaller share of an operation.
+_GRAIN = 1 << 15
+
+
+def row_passes(rows: int, width: int, temporaries: int, device: torch.device) -> Iterator[slice]:
+    """Blocks of rows for a chain of elementwise operations: on the CPU its temporaries never travel to memory and back.
+
+    Nor are they large enough to be given back to the system and faulted in again. All rows at once on other devices.
+
+    Args:
+        rows: number of rows.
+        width: elements of a row.
+        temporaries: tensors of that width that the chain keeps at a time.
+        device: of the tensors.
+    """
+    share = max(_GRAIN, _PASS_ELEMENTS // temporaries) * torch.get_num_threads()
+    step = max(1, share // max(1, width) if device.type == "cpu" else rows)
+    for start in range(0, rows, step):
+        yield slice(start, min(start + step, rows))
 
 
 def use_triton(x: Tensor) -> bool:

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, library
 from torch.autograd.function import once_differentiable
 
-from megagrin.kernels.backend import use_triton
+from megagrin.kernels.backend import row_passes, use_triton
 
 # Logits of a block, all on one process: small ones on CPU, GPUs want fewer, larger products.
 _BLOCK_ELEMENTS_CPU = 1 << 22
@@ -139,18 +139,29 @@ def _loss_and_gradient_(logit_CV: Tensor, label_C: Tensor, shard: VocabShard | N
     return loss, logit_CV
 
 
-def _reference_loss_and_gradient(logit_CV: Tensor, label_C: Tensor, with_grad: bool) -> tuple[Tensor, Tensor]:
-    """The same on one process without kernels; the gradient in fp32 (fp64 for fp64 logits)."""
+def _reference_loss_and_gradient_(
+    logit_CV: Tensor, label_C: Tensor, db_V: Tensor | None, with_grad: bool
+) -> tuple[Tensor, Tensor]:
+    """The same on one process without kernels, computed in fp32 (fp64 for fp64 logits) and rounded once.
+
+    The unrounded gradient is added up in db.
+    """
     wide = torch.promote_types(logit_CV.dtype, torch.float32)
     valid_C1 = (label_C != IGNORE).unsqueeze(1)
     # Not a clamp: a negative label other than IGNORE must fail in gather, as one beyond V does.
     index_C1 = label_C.unsqueeze(1).masked_fill(~valid_C1, 0)
-    # One fused pass reads the logits and writes log-probabilities in fp32; the gradient takes one more in place.
-    logp_CV = torch.log_softmax(logit_CV, dim=1, dtype=wide)
-    loss = -logp_CV.gather(1, index_C1).masked_fill_(~valid_C1, 0).sum()
-    if with_grad:
-        logp_CV.exp_().scatter_add_(1, index_C1, torch.full_like(index_C1, -1, dtype=wide)).masked_fill_(~valid_C1, 0)
-    return loss, logp_CV
+    loss_C1 = torch.empty(index_C1.shape, dtype=wide, device=logit_CV.device)
+    for rows in row_passes(*logit_CV.shape, 1, logit_CV.device):
+        # One fused pass reads the logits and writes log-probabilities in fp32; the gradient takes one more in place.
+        logp_CV = torch.log_softmax(logit_CV[rows], dim=1, dtype=wide)
+        loss_C1[rows] = logp_CV.gather(1, index_C1[rows])
+        if with_grad:
+            one_C1 = torch.full_like(index_C1[rows], -1, dtype=wide)
+            logp_CV.exp_().scatter_add_(1, index_C1[rows], one_C1).masked_fill_(~valid_C1[rows], 0)
+            if db_V is not None:
+                db_V += logp_CV.sum(0)
+            logit_CV[rows] = logp_CV
+    return -loss_C1.masked_fill_(~valid_C1, 0).sum(), logit_CV
 
 
 def _block_tokens(vocab: int, device: torch.device) -> int:
@@ -173,15 +184,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
             x_CD, label_C = x_TD[part], label_T[part].contiguous()
             logit_CV = torch.nn.functional.linear(x_CD, w_VD, b_V)
             if shard is None and not use_triton(logit_CV):
-                block_loss, grad_CV = _reference_loss_and_gradient(logit_CV, label_C, with_grad)
+                block_loss, narrow_CV = _reference_loss_and_gradient_(logit_CV, label_C, db_V, with_grad)
             else:
-                block_loss, grad_CV = _loss_and_gradient_(logit_CV.contiguous(), label_C, shard, with_grad)
+                block_loss, narrow_CV = _loss_and_gradient_(logit_CV.contiguous(), label_C, shard, with_grad)
+                if db_V is not None:
+                    db_V += narrow_CV.sum(0, dtype=wide)
             loss += block_loss
             if dx_TD is None or dw_VD is None:
                 continue
-            if db_V is not None:
-                db_V += grad_CV.sum(0, dtype=wide)
-            narrow_CV = grad_CV.to(x_TD.dtype)
             dx_TD[part] = narrow_CV @ w_VD
             dw_VD.addmm_(narrow_CV.t(), x_CD) if wide == x_TD.dtype else dw_VD.add_(narrow_CV.t() @ x_CD)
         ctx.save_for_backward(dx_TD, dw_VD, db_V)

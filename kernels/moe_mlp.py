@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, library
 
-from megagrin.kernels.backend import tma_rows, use_triton
+from megagrin.kernels.backend import row_passes, tma_rows, use_triton
 from megagrin.kernels.grouped_gemm import check_grouped, check_same, k_grouped_wgrad, m_grouped, m_grouped_dgrad
 from megagrin.kernels.permute import SortPlan, gather_rows, gather_sum
 from megagrin.kernels.split_backward import weights_later
@@ -84,7 +84,9 @@ def _expert_mlp(*args: Any) -> tuple[Tensor, Tensor]:
 
         return run_forward(x, gate_up_E2FD, down_EDF, v_R, counts_E, source_R, place_TK, save_h)
     h_R2F = m_grouped(inputs.rows(), gate_up_E2FD, counts_E)
-    act_RF = _swiglu(h_R2F)[3].mul_(v_R.unsqueeze(1)).to(x.dtype)
+    act_RF = h_R2F.new_empty(h_R2F.shape[0], down_EDF.shape[2])
+    for rows in row_passes(*act_RF.shape, 4, x.device):
+        act_RF[rows] = _swiglu(h_R2F[rows])[3].mul_(v_R[rows].unsqueeze(1))
     return m_grouped(act_RF, down_EDF, counts_E), h_R2F if save_h else h_R2F.new_empty(0, h_R2F.shape[1])
 
 
@@ -96,21 +98,28 @@ def _(*args: Any) -> tuple[Tensor, Tensor]:
     return inputs.x.new_empty(rows, inputs.x.shape[1]), h_R2F
 
 
-def _down_dgrad(dy_RD: Tensor, h_R2F: Tensor, down_EDF: Tensor, b_R: Tensor, counts_E: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradient of h, the activation weighted by b, and the gradient of v."""
-    b_R1 = b_R.unsqueeze(1)
+def _swiglu_dgrad(dact_RF: Tensor, h_R2F: Tensor, b_R1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradient of h, the activation weighted by b, and the gradient of v, in fp32 at least."""
     g_RF, u_RF, s_RF, act_RF = _swiglu(h_R2F)
-    dact_RF = m_grouped_dgrad(dy_RD, down_EDF, counts_E).to(act_RF.dtype)
+    dact_RF = dact_RF.to(act_RF.dtype)
     dv_R = torch.linalg.vecdot(dact_RF, act_RF)
-    weighted_RF = act_RF.mul_(b_R1).to(dy_RD.dtype)
-    dact_RF = dact_RF.mul_(b_R1)
+    dact_RF = dact_RF * b_R1
     # silu(g) = g·s, silu'(g) = s·(1 + g·(1 − s))
     silu_RF = g_RF * s_RF
-    dgrad_2RF = torch.empty(2, *silu_RF.shape, dtype=silu_RF.dtype, device=silu_RF.device)
-    torch.mul(dact_RF, silu_RF, out=dgrad_2RF[1])
-    torch.mul(dact_RF.mul_(u_RF), silu_RF.mul_(1 - s_RF).add_(s_RF), out=dgrad_2RF[0])
-    dh_R2F = torch.empty_like(h_R2F)
-    dh_R2F.unflatten(1, (-1, 2)).permute(2, 0, 1).copy_(dgrad_2RF)
+    dh_R2F = torch.empty(h_R2F.shape, dtype=silu_RF.dtype, device=silu_RF.device)
+    dg_RF, du_RF = dh_R2F.unflatten(1, (-1, 2)).unbind(2)
+    du_RF.copy_(dact_RF * silu_RF)
+    dg_RF.copy_(dact_RF.mul_(u_RF).mul_(silu_RF.mul_(1 - s_RF).add_(s_RF)))
+    return dh_R2F, act_RF.mul_(b_R1), dv_R
+
+
+def _down_dgrad(dy_RD: Tensor, h_R2F: Tensor, down_EDF: Tensor, b_R: Tensor, counts_E: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradient of h, the activation weighted by b, and the gradient of v."""
+    dact_RF = m_grouped_dgrad(dy_RD, down_EDF, counts_E)
+    dh_R2F, weighted_RF = torch.empty_like(h_R2F), torch.empty_like(dact_RF)
+    dv_R = torch.empty(dact_RF.shape[0], dtype=torch.promote_types(dact_RF.dtype, torch.float32), device=dact_RF.device)
+    for rows in row_passes(*dact_RF.shape, 8, dact_RF.device):
+        dh_R2F[rows], weighted_RF[rows], dv_R[rows] = _swiglu_dgrad(dact_RF[rows], h_R2F[rows], b_R[rows].unsqueeze(1))
     return dh_R2F, weighted_RF, dv_R
 
 
