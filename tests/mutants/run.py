@@ -1,6 +1,6 @@
 """Mutation testing of megagrin/ and data_prep/, `make mutants`: what the fast tests cannot see.
 
-    python tests/mutants/run.py [FILE ...] [--sample N] [--seed S] [--without PATTERN] [--output FILE]
+    python tests/mutants/run.py [FILE ...] [--sample N] [--seed S] [--without PATTERN] [--output FILE] [--again FILE]
 
 Importing torch takes seconds and a module has hundreds of mutants, so nothing is started anew: one process per module collects
 the tests of its room and runs them once while it notes which lines each test reaches; then it forks for every mutant, puts the
@@ -37,15 +37,21 @@ ROOT = HERE.parents[1]
 sys.path.insert(0, str(HERE))
 from mutate import Mutant, mutants  # noqa: E402
 
+IGNORED: list[str] = []  # of --without
 # What runs a room's code beside the tests of its own folder.
 TESTS = {
-    "megagrin/rng.py": ["tests/test_rng.py", "tests/moe/test_router.py", "tests/models"],
+    "megagrin/rng.py": ["tests/test_rng.py", "tests/test_rng_values.py", "tests/moe/test_router.py"],
+    "megagrin/moe/balance.py": ["tests/moe/test_balance.py", "tests/moe/test_moe_values.py"],
+    "data_prep/indexed.py": ["tests/data_prep/test_indexed.py", "tests/data_prep/test_indexed_values.py"],
+    "megagrin/nn/rope.py": ["tests/models/test_model.py"],
+    "megagrin/planning/flops.py": ["tests/planning/test_flops.py", "tests/planning/test_flops_values.py"],
     "megagrin/config.py": ["tests/test_config.py", "tests/test_cli.py"],
     "megagrin/cli.py": ["tests/test_cli.py", "tests/test_config.py"],
     "megagrin/data": ["tests/data"],
     "megagrin/distributed": ["tests/distributed", "tests/parallel"],
     "megagrin/nn": ["tests/nn", "tests/models"],
     "megagrin/optim": ["tests/optim", "tests/training"],
+    "megagrin/optim/norm.py": ["tests/optim"],
     "megagrin/optim/schedule.py": ["tests/optim"],
     "megagrin/models": ["tests/models", "tests/test_config.py", "tests/planning/test_flops.py"],
     "megagrin/moe": ["tests/moe"],
@@ -60,7 +66,9 @@ TRITON = "_triton.py"
 def tests_of(path: str) -> list[str]:
     """Test files and folders for a source file."""
     room = path if path in TESTS else str(Path(path).parent)
-    return [test for test in TESTS.get(room, [room.replace("megagrin", "tests", 1)]) if (ROOT / test).exists()]
+    named = TESTS.get(room, [room.replace("megagrin", "tests", 1)])
+    left_out = (any(Path(test).match(pattern) for pattern in IGNORED) for test in named)
+    return [test for test, out in zip(named, left_out, strict=True) if not out and (ROOT / test).exists()]
 
 
 def import_name(path: str) -> str:
@@ -76,18 +84,28 @@ def _codes(code: types.CodeType) -> dict[tuple[str, int], types.CodeType]:
     return found
 
 
-def _patch(path: Path, source: str) -> None:
-    """Put changed code into every living function of a file, and forget what its caches hold."""
-    codes = _codes(compile(source, str(path), "exec"))
-    for thing in gc.get_objects():
-        if isinstance(thing, types.FunctionType) and os.path.realpath(thing.__code__.co_filename) == str(path):
-            new = codes.get((thing.__code__.co_qualname, thing.__code__.co_firstlineno))
-            if new is not None and len(new.co_freevars) == len(thing.__code__.co_freevars):
-                thing.__code__ = new
-        elif isinstance(thing, functools._lru_cache_wrapper):
-            wrapped = getattr(thing, "__wrapped__", None)
-            if isinstance(wrapped, types.FunctionType) and os.path.realpath(wrapped.__code__.co_filename) == str(path):
-                thing.cache_clear()
+class _Living:
+    """The functions and caches of a file that exist now; looked for once, as a look at every object costs a fork its memory."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        everything = gc.get_objects()
+        self.functions = [thing for thing in everything if isinstance(thing, types.FunctionType) and self._ours(thing)]
+        caches = (thing for thing in everything if isinstance(thing, functools._lru_cache_wrapper))
+        self.caches = [thing for thing in caches if self._ours(getattr(thing, "__wrapped__", None))]
+
+    def _ours(self, thing: Any) -> bool:
+        return isinstance(thing, types.FunctionType) and os.path.realpath(thing.__code__.co_filename) == str(self.path)
+
+    def patch(self, source: str) -> None:
+        """Put changed code into every function, and forget what the caches hold."""
+        codes = _codes(compile(source, str(self.path), "exec"))
+        for function in self.functions:
+            new = codes.get((function.__code__.co_qualname, function.__code__.co_firstlineno))
+            if new is not None and len(new.co_freevars) == len(function.__code__.co_freevars):
+                function.__code__ = new
+        for cache in self.caches:
+            cache.cache_clear()
 
 
 class _Loader(importlib.machinery.SourceFileLoader):
@@ -155,6 +173,9 @@ class Session:
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
         items = {item.nodeid: item for item in session.items}
         broken = self._baseline(list(items.values()))
+        self.living = _Living(self.path)
+        gc.collect()
+        gc.freeze()
         outcome = {}
         for mutant, make in self.chosen:
             if mutant.in_function:
@@ -206,13 +227,10 @@ class Session:
         def passes() -> bool:
             from _pytest.runner import runtestprotocol
 
-            _patch(self.path, make())
+            self.living.patch(make())
             return not any(report.failed for name in order for report in runtestprotocol(items[name], log=False, nextitem=None))
 
         return _in_fork(passes, limit)
-
-
-IGNORED: list[str] = []  # of --without
 
 
 def _pytest(arguments: list[str], plugins: list[Any], folder: Path) -> int:
@@ -230,12 +248,12 @@ def _calm_hypothesis() -> None:
     settings.load_profile("mutants")
 
 
-def judge(path: str, sample: int, seed: int, limit: float) -> dict[str, Any]:
-    """All (or `sample` randomly chosen) mutants of a file and what became of them."""
+def judge(path: str, sample: int, seed: int, limit: float, again: set[int] | None = None) -> dict[str, Any]:
+    """All, `sample` randomly chosen or the numbered mutants of a file and what became of them."""
     file = ROOT / path
     every = list(mutants(file.read_text()))
-    chosen = every
-    if 0 < sample < len(every):
+    chosen = every if again is None else [pair for pair in every if pair[0].number in again]
+    if again is None and 0 < sample < len(every):
         chosen = random.Random(f"{seed}/{path}").sample(every, sample)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -253,10 +271,8 @@ def judge(path: str, sample: int, seed: int, limit: float) -> dict[str, Any]:
 
                 every_test = 5 * sum(report["seconds"].values())
                 outcome[mutant.number] = _in_fork(passes, limit + 60 + every_test) if report["order"] else "unreached"
-    listed = [
-        {**{key: getattr(mutant, key) for key in ("lines", "before", "after", "statement")}, "outcome": outcome[mutant.number]}
-        for mutant, _ in chosen
-    ]
+    keys = ("number", "lines", "before", "after", "statement")
+    listed = [{key: getattr(mutant, key) for key in keys} | {"outcome": outcome[mutant.number]} for mutant, _ in chosen]
     return {
         "file": path,
         "mutants": len(every),
@@ -284,12 +300,20 @@ def sources() -> list[str]:
     return sorted(str(file) for file in inside if file.name != "__init__.py" and not file.name.endswith(TRITON))
 
 
+def _survivors(output: Path) -> dict[str, set[int]]:
+    results = [json.loads(line) for line in output.read_text().splitlines()]
+    return {
+        result["file"]: {entry["number"] for entry in result["tried"] if entry["outcome"] == "survived"} for result in results
+    }
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="Mutation testing, see the top of this file.")
     parser.add_argument("files", nargs="*", help="source files; all of megagrin/ and data_prep/ when none is named")
     parser.add_argument("--sample", type=int, default=0, help="mutants per file, drawn at random; 0 tries every one")
     parser.add_argument("--seed", type=int, default=0, help="of the sample")
     parser.add_argument("--limit", type=float, default=20.0, help="seconds a mutant may take beyond 5 times its tests")
+    parser.add_argument("--again", type=Path, help="--output of an earlier run on the same sources: its survivors once more")
     parser.add_argument("--without", action="append", default=[], help="pattern of test files to leave out: what do they add?")
     parser.add_argument("--output", type=Path, help="a line of JSON for every file")
     options = parser.parse_args()
@@ -302,8 +326,9 @@ def main() -> int:
     torch.set_num_threads(1)
     _calm_hypothesis()
     reasons, open_ = accepted(), 0
-    for path in options.files or sources():
-        result = judge(path, options.sample, options.seed, options.limit)
+    earlier = _survivors(options.again) if options.again else {}
+    for path in options.files or list(earlier) or sources():
+        result = judge(path, options.sample, options.seed, options.limit, earlier.get(path))
         if options.output:
             with options.output.open("a") as out:
                 out.write(json.dumps(result) + "\n")
