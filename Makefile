@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help setup quickstart control test test-slow test-all lint hooks format types gpu bench clean
+.PHONY: help setup quickstart control test test-slow test-all lint hooks format types gpu bench mutants clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -55,6 +55,12 @@ gpu:  ## everything that needs a GPU, in 10 minutes or two HALFs (first, second)
 
 bench: setup  ## CPU benchmark against transformers
 	@$(BIN)/python benchmarks/cpu_vs_transformers.py
+
+# Not part of CI: a full pass has 15,915 mutants. FILES="megagrin/rng.py", SAMPLE=50 (per file), SEED=1, OUTPUT=file.jsonl, AGAIN=file.jsonl.
+mutants: setup  ## what the fast tests cannot see: mutation testing of FILES, or of SAMPLE mutants per file
+	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[mutants]'
+	@nice -n 15 $(BIN)/python tests/mutants/run.py $(FILES) $(if $(SAMPLE),--sample $(SAMPLE)) $(if $(SEED),--seed $(SEED)) \
+		$(if $(OUTPUT),--output $(OUTPUT)) $(if $(AGAIN),--again $(AGAIN))
 
 clean:  ## remove runs and caches, keep the environment
 	@rm -rf runs .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info

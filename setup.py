@@ -14,6 +14,7 @@ DEEPSPEED = ["deepspeed>=0.19"]
 WANDB = ["wandb>=0.31"]
 PLOT = ["matplotlib>=3.9"]
 TENSORBOARD = ["tensorboard>=2.18"]
+MUTANTS = ["mutmut>=3.8"]  # its operators, see tests/mutants/run.py
 
 setup(
     name="megagrin",
@@ -38,6 +39,7 @@ setup(
         "hf": HF,
         "plot": PLOT,
         "tensorboard": TENSORBOARD,
+        "mutants": MUTANTS,
         "test": TEST + LINT + HF + PLOT + TENSORBOARD + PEERS + DEEPSPEED,
         "all": DEEPSPEED + WANDB + HF + PLOT + TENSORBOARD + TEST + LINT + PEERS,
     },
