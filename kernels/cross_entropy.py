@@ -151,7 +151,7 @@ def _reference_loss_and_gradient_(
     # Not a clamp: a negative label other than IGNORE must fail in gather, as one beyond V does.
     index_C1 = label_C.unsqueeze(1).masked_fill(~valid_C1, 0)
     loss_C1 = torch.empty(index_C1.shape, dtype=wide, device=logit_CV.device)
-    for rows in row_passes(*logit_CV.shape, 1, logit_CV.device):
+    for rows in row_passes(logit_CV.shape[0], logit_CV.shape[1], 1, logit_CV.device):
         # One fused pass reads the logits and writes log-probabilities in fp32; the gradient takes one more in place.
         logp_CV = torch.log_softmax(logit_CV[rows], dim=1, dtype=wide)
         loss_C1[rows] = logp_CV.gather(1, index_C1[rows])

@@ -85,7 +85,7 @@ def _expert_mlp(*args: Any) -> tuple[Tensor, Tensor]:
         return run_forward(x, gate_up_E2FD, down_EDF, v_R, counts_E, source_R, place_TK, save_h)
     h_R2F = m_grouped(inputs.rows(), gate_up_E2FD, counts_E)
     act_RF = h_R2F.new_empty(h_R2F.shape[0], down_EDF.shape[2])
-    for rows in row_passes(*act_RF.shape, 4, x.device):
+    for rows in row_passes(act_RF.shape[0], act_RF.shape[1], 4, x.device):
         act_RF[rows] = _swiglu(h_R2F[rows])[3].mul_(v_R[rows].unsqueeze(1))
     return m_grouped(act_RF, down_EDF, counts_E), h_R2F if save_h else h_R2F.new_empty(0, h_R2F.shape[1])
 
@@ -118,7 +118,7 @@ def _down_dgrad(dy_RD: Tensor, h_R2F: Tensor, down_EDF: Tensor, b_R: Tensor, cou
     dact_RF = m_grouped_dgrad(dy_RD, down_EDF, counts_E)
     dh_R2F, weighted_RF = torch.empty_like(h_R2F), torch.empty_like(dact_RF)
     dv_R = torch.empty(dact_RF.shape[0], dtype=torch.promote_types(dact_RF.dtype, torch.float32), device=dact_RF.device)
-    for rows in row_passes(*dact_RF.shape, 8, dact_RF.device):
+    for rows in row_passes(dact_RF.shape[0], dact_RF.shape[1], 8, dact_RF.device):
         dh_R2F[rows], weighted_RF[rows], dv_R[rows] = _swiglu_dgrad(dact_RF[rows], h_R2F[rows], b_R[rows].unsqueeze(1))
     return dh_R2F, weighted_RF, dv_R
 

@@ -7,7 +7,7 @@ import sys
 import traceback
 from typing import NoReturn
 
-from megagrin.arguments import describe
+from megagrin.settings.arguments import describe
 
 COMMANDS = {
     "train": ("megagrin.training.loop", "main", "train a model (under torchrun for more than one process)"),

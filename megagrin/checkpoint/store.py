@@ -23,10 +23,10 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceSt
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 
-from megagrin.arguments import describe
 from megagrin.distributed.runtime import every_rank
 from megagrin.models.transformer import ModelConfig, Transformer
 from megagrin.moe.router import RouterConfig
+from megagrin.settings.arguments import describe
 
 Format = Literal["native", "deepspeed"]
 FORMAT = 2  # 1 kept all gate rows of an expert before all up rows

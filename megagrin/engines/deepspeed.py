@@ -22,7 +22,6 @@ from torch.distributed.tensor import DTensor
 
 from megagrin.checkpoint import store
 from megagrin.checkpoint.store import DEEPSPEED_FOLDER, Format
-from megagrin.config import changed_fields
 from megagrin.data.loader import Batch
 from megagrin.distributed.comm import local_tensor
 from megagrin.engines.base import Engine
@@ -33,6 +32,7 @@ from megagrin.models.init import init_parameter
 from megagrin.models.transformer import Output, Transformer
 from megagrin.optim.optimizer import decays
 from megagrin.parallel.pipeline import MicroBatch, run_part
+from megagrin.settings.config import changed_fields
 
 
 class DeepSpeedEngine(Engine):

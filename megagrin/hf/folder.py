@@ -21,14 +21,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megagrin import config
-from megagrin.arguments import CommandParser, about, require_folder
 from megagrin.checkpoint import store
 from megagrin.hf.mapping import Layout, from_hf_config, hf_views, stored_shape, to_hf_config
 from megagrin.hf.tokenizer import generation_config, read_tokenizer, write_tokenizer
 from megagrin.inference.vocabulary import Vocabulary, check_size, load_vocabulary
 from megagrin.models.transformer import ModelConfig, Transformer
 from megagrin.moe.router import RouterConfig
+from megagrin.settings import config
+from megagrin.settings.arguments import CommandParser, about, require_folder
 
 _CONFIG, _INDEX, _SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -15,9 +15,9 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from megagrin import config
 from megagrin.models.transformer import ModelConfig, Transformer
 from megagrin.moe.router import RouterConfig
+from megagrin.settings import config
 
 Layout = Literal["released", "fused"]
 

@@ -15,13 +15,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from megagrin import config, rng
-from megagrin.arguments import CommandParser, about
+from megagrin import rng
 from megagrin.checkpoint import store
 from megagrin.data_prep.tokenizer import Tokenizer
 from megagrin.inference.vocabulary import load_vocabulary
 from megagrin.models.transformer import ModelConfig, Transformer
 from megagrin.nn.attention import KVCache
+from megagrin.settings import config
+from megagrin.settings.arguments import CommandParser, about
 
 _MASK_32 = 0xFFFFFFFF
 

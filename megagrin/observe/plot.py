@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megagrin.arguments import CommandParser, about, require_folder
 from megagrin.observe.metrics import FILE_NAME, read_metrics
+from megagrin.settings.arguments import CommandParser, about, require_folder
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

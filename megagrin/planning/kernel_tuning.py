@@ -19,12 +19,12 @@ import torch.distributed as dist
 from jsonargparse import Namespace
 from torch import Tensor
 
-from megagrin.arguments import CommandParser, check, require_folder
 from megagrin.distributed.runtime import RuntimeConfig, session
 from megagrin.kernels import tuning
 from megagrin.kernels.tuning import BlockConfig, Key, Op, Table
 from megagrin.kernels.tuning_candidates import CANDIDATES
 from megagrin.models.grin import PRESETS
+from megagrin.settings.arguments import CommandParser, check, require_folder
 
 
 @dataclass(frozen=True)

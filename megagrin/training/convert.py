@@ -9,13 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from megagrin import config
-from megagrin.arguments import require_folder
 from megagrin.checkpoint import store
 from megagrin.checkpoint.store import CheckpointInfo
 from megagrin.distributed.mesh import build_mesh
 from megagrin.distributed.runtime import session, world_size_from_environment
 from megagrin.engines.builds import bounded_builds
+from megagrin.settings import config
+from megagrin.settings.arguments import require_folder
 from megagrin.training import rules
 from megagrin.training.run_config import RunConfig, name_shape
 from megagrin.training.trainer import build_engine

@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-from megagrin import config
 from megagrin.distributed.runtime import Runtime, session, world_size_from_environment
 from megagrin.engines.base import StepResult
 from megagrin.observe.metrics import MetricsLogger, expert_load
 from megagrin.optim.schedule import learning_rate
 from megagrin.planning.flops import flops_per_token, model_flops_utilization, peak_flops
+from megagrin.settings import config
 from megagrin.training import preflight, rules
 from megagrin.training.resume import Start
 from megagrin.training.run_config import RunConfig, describe, parse_config

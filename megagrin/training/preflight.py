@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 
-from megagrin.arguments import about, require_folder
 from megagrin.data.checks import file_violations
 from megagrin.data_prep.indexed import IndexedDataset
 from megagrin.data_prep.tokenizer import Tokenizer
@@ -20,6 +19,7 @@ from megagrin.engines.builds import stale_locks
 from megagrin.nn.attention import backend_problem
 from megagrin.observe.metrics import FILE_NAME, read_metrics
 from megagrin.optim.apex import apex_problem
+from megagrin.settings.arguments import about, require_folder
 from megagrin.training.resume import initial_weights, newest, resume_violations
 from megagrin.training.run_config import RunConfig
 

@@ -6,12 +6,12 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from megagrin import config
 from megagrin.checkpoint import store
 from megagrin.checkpoint.store import CheckpointInfo
 from megagrin.checkpoint.tokens import Candidate, mismatch, token_source
 from megagrin.optim.optimizer import OptimConfig
 from megagrin.optim.schedule import learning_rate
+from megagrin.settings import config
 from megagrin.training.run_config import RunConfig
 
 # What a resumed run may not change: another model cannot take the weights, and another batch or seed would be another run.

@@ -6,8 +6,8 @@ Each function below is one group of rules and returns those that are broken, as 
 from dataclasses import fields
 
 from megagrin.engines.zero_settings import violations as kind_violations
+from megagrin.settings.values import out_of_range
 from megagrin.training.run_config import RunConfig
-from megagrin.values import out_of_range
 
 
 def violations(run: RunConfig, world_size: int) -> list[str]:

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from megagrin import config
 from megagrin.checkpoint.store import MAX_STEPS, CheckpointConfig
 from megagrin.data.loader import DataConfig
 from megagrin.distributed.mesh import ParallelConfig
@@ -19,6 +18,7 @@ from megagrin.moe.router import RouterConfig
 from megagrin.observe.metrics import MetricsConfig
 from megagrin.optim.optimizer import OptimConfig
 from megagrin.parallel.pipeline import bubble_over_work, describe_parts, stage_parts
+from megagrin.settings import config
 
 DESCRIPTION = f"""Train a model. Start more than one process with torchrun (see launch/).
 

@@ -6,7 +6,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megagrin import config
 from megagrin.checkpoint import store
 from megagrin.checkpoint.store import CheckpointInfo
 from megagrin.checkpoint.tokens import token_source
@@ -17,6 +16,7 @@ from megagrin.engines.base import Engine
 from megagrin.engines.builds import bounded_builds
 from megagrin.engines.deepspeed import DeepSpeedEngine
 from megagrin.engines.native import NativeEngine
+from megagrin.settings import config
 from megagrin.training.resume import Start, find_start
 from megagrin.training.run_config import RunConfig
 

@@ -45,7 +45,7 @@ TESTS = {
     "data_prep/indexed.py": ["tests/data_prep/test_indexed.py", "tests/data_prep/test_indexed_values.py"],
     "megagrin/nn/rope.py": ["tests/models/test_model.py"],
     "megagrin/planning/flops.py": ["tests/planning/test_flops.py", "tests/planning/test_flops_values.py"],
-    "megagrin/config.py": ["tests/test_config.py", "tests/test_cli.py"],
+    "megagrin/settings/config.py": ["tests/test_config.py", "tests/test_cli.py"],
     "megagrin/cli.py": ["tests/test_cli.py", "tests/test_config.py"],
     "megagrin/data": ["tests/data"],
     "megagrin/distributed": ["tests/distributed", "tests/parallel"],

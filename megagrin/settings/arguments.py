@@ -13,8 +13,8 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
-from megagrin.recipe import one_line
-from megagrin.values import convert, show
+from megagrin.settings.recipe import one_line
+from megagrin.settings.values import convert, show
 
 
 @dataclass(frozen=True)

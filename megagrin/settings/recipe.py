@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from megagrin.values import show
+from megagrin.settings.values import show
 
 
 def read_recipe(path: str | Path) -> dict[str, Any]:

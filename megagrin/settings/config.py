@@ -13,9 +13,9 @@ from typing import Any, TypeVar, get_type_hints
 import yaml
 from jsonargparse import ArgumentParser
 
-from megagrin.arguments import about, check, read_arguments, unknown
-from megagrin.recipe import read_recipe
-from megagrin.values import convert, show
+from megagrin.settings.arguments import about, check, read_arguments, unknown
+from megagrin.settings.recipe import read_recipe
+from megagrin.settings.values import convert, show
 
 __all__ = ["Option", "about", "changed_fields", "check", "parse", "read_recipe", "save"]
 

@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 import yaml
 
-from megagrin import config
 from megagrin.cli import main
 from megagrin.distributed.runtime import RuntimeConfig, session
 from megagrin.models.grin import PRESETS
+from megagrin.settings import config
 from megagrin.training import rules
 from megagrin.training.run_config import RunConfig, describe, parse_config
 
-RECIPES = Path(__file__).parents[1] / "launch" / "recipes"
+RECIPES = Path(__file__).parents[2] / "launch" / "recipes"
 
 
 def parse(*argv: str) -> RunConfig:
