@@ -281,7 +281,7 @@ class TestCommands:
         assert run_command("export-hf", ["--checkpoint", str(saved), "--out", str(exported)]) == 0
         assert run_command("import-hf", ["--source", str(exported), "--out", str(imported)]) == 0
         run, _ = parse_config(["--config", str(imported / "recipe.yaml"), f"--train.init_from={imported}"])
-        assert (run.model, run.router) == (BASE, ROUTER)
+        assert (run.model, run.router) == (replace(BASE, preset="grin_tiny (changed)"), ROUTER)
         assert "preset" not in yaml.safe_load((imported / "recipe.yaml").read_text())["model"]
 
     @pytest.mark.parametrize(
