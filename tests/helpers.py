@@ -1,5 +1,6 @@
 """One pool of gloo processes for all distributed tests: starting torch takes seconds, a case takes milliseconds."""
 
+import gc
 import multiprocessing
 import os
 import queue
@@ -26,6 +27,8 @@ def _worker(rank: int, tasks: Any, results: Any, path: list[str]) -> None:
     from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
     torch.set_num_threads(1)
+    gc.collect()
+    gc.freeze()  # what importing made: each collection below would walk it again
     while True:
         function, args, world_size, store_path = tasks.get()
         try:
@@ -41,6 +44,9 @@ def _worker(rank: int, tasks: Any, results: Any, path: list[str]) -> None:
                 _clear_sharding_prop_cache()
                 _gen_transform_infos.cache_clear()
                 clear_redistribute_planner_cache()
+            # Engines are circles that hold their groups, and each of these some forty threads that wake every 10 ms: the workers
+            # of a slow suite had a thousand, and took both cores.
+            gc.collect()
             results.put((rank, True, value))
         except BaseException:
             results.put((rank, False, traceback.format_exc()))
