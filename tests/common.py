@@ -83,6 +83,22 @@ class Run:
         return replace(self, parallel=ParallelConfig(), micro=SEQUENCES, engine={})
 
 
+def expected_decay(moe: bool) -> dict[str, bool]:
+    """Whether weight decay takes a parameter, for every parameter of MODEL, or of its dense counterpart, by name."""
+    attention = ("q_proj", "k_proj", "v_proj", "o_proj")
+    mlp = ("moe.router.weight", "moe.experts.gate_up_proj", "moe.experts.down_proj")
+    dense = ("mlp.gate_proj.weight", "mlp.up_proj.weight", "mlp.down_proj.weight")
+    norms = ("attention_norm.weight", "attention_norm.bias", "mlp_norm.weight", "mlp_norm.bias")
+    decays = {"embed.weight": True, "lm_head.weight": True, "lm_head.bias": False}
+    decays |= {"final_norm.weight": False, "final_norm.bias": False}
+    for layer in range(MODEL.n_layers):
+        decays |= {f"layers.{layer}.{name}": True for name in (mlp if moe else dense)}
+        decays |= {f"layers.{layer}.attention.{name}.weight": True for name in attention}
+        decays |= {f"layers.{layer}.attention.{name}.bias": False for name in attention}
+        decays |= {f"layers.{layer}.{name}": False for name in norms}
+    return decays
+
+
 def micro_batches(run: Run, step: int, mesh: ParallelMesh) -> list[Batch]:
     """This rank's part of a fixed global batch; every third label of one half is left out, unevenly over the ranks."""
     generator = torch.Generator().manual_seed(1000 + step)

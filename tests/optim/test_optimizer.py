@@ -5,33 +5,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from common import BALANCE, MODEL, OPTIM, ROUTER, Run, build_engine, micro_batches
+from common import BALANCE, MODEL, ROUTER, Run, build_engine, expected_decay, micro_batches
 from helpers import GlooPool
 from torch import Tensor, nn
 
-from megagrin.distributed.mesh import ParallelConfig, build_mesh
-from megagrin.engines.base import EngineConfig
 from megagrin.models.transformer import Transformer
 from megagrin.optim.norm import clip_gradients, gradient_norm
 from megagrin.optim.optimizer import OptimConfig, build_optimizer
 
-ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-LAYER_DECAYS = {f"attention.{name}.weight" for name in ATTENTION}
-MOE_DECAYS = {"moe.router.weight", "moe.experts.gate_up_proj", "moe.experts.down_proj"}
-DENSE_DECAYS = {"mlp.gate_proj.weight", "mlp.up_proj.weight", "mlp.down_proj.weight"}
-LAYER_FREE = {f"attention.{name}.bias" for name in ATTENTION}
-LAYER_FREE |= {f"{norm}.{part}" for norm in ("attention_norm", "mlp_norm") for part in ("weight", "bias")}
-FREE = {"final_norm.weight", "final_norm.bias", "lm_head.bias"}
 DENSE = replace(MODEL, n_experts=0, top_k=1)
-
-
-def expected_decay(moe: bool) -> dict[str, bool]:
-    """Every parameter of the two-layer test models by name."""
-    decays = {"embed.weight": True, "lm_head.weight": True} | dict.fromkeys(FREE, False)
-    for layer in range(MODEL.n_layers):
-        decays |= {f"layers.{layer}.{name}": True for name in LAYER_DECAYS | (MOE_DECAYS if moe else DENSE_DECAYS)}
-        decays |= {f"layers.{layer}.{name}": False for name in LAYER_FREE}
-    return decays
 
 
 def random_model(moe: bool) -> Transformer:
@@ -60,29 +42,6 @@ def test_what_decays(kind: str, moe: bool) -> None:
     optimizer.step()
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.detach(), before[name] * (0.975 if expected[name] else 1.0), msg=name)
-
-
-def deepspeed_decay(moe: bool, zero: int) -> dict[str, float]:
-    """Weight decay by name."""
-    from megagrin.engines.deepspeed import DeepSpeedEngine
-
-    mesh = build_mesh(ParallelConfig(), "cpu")
-    config = EngineConfig(kind="deepspeed", dtype="fp32", zero=zero)  # type: ignore[arg-type]
-    optim = replace(OPTIM, weight_decay=0.25)
-    model = MODEL if moe else DENSE
-    engine = DeepSpeedEngine(model, ROUTER, BALANCE, optim, config, mesh, torch.device("cpu"), seed=7)
-    names = {parameter: name for name, parameter in engine.zero_state.named.items()}
-    groups = engine.parameter_groups(engine.zero_state.named)
-    return {names[parameter]: group["weight_decay"] for group in groups for parameter in group["params"]}
-
-
-@pytest.mark.parametrize("moe", [True, False])
-def test_what_decays_under_deepspeed(gloo: GlooPool, moe: bool) -> None:
-    """The groups that DeepSpeed is given, by name; ZeRO-3 keeps empty tensors in the places of the parameters."""
-    pytest.importorskip("deepspeed")
-    for zero in (1, 3):
-        expected = {name: 0.25 if decays else 0.0 for name, decays in expected_decay(moe).items()}
-        assert gloo.run(1, deepspeed_decay, moe, zero)[0] == expected
 
 
 def test_steps_of_adamw() -> None:
