@@ -67,11 +67,11 @@ def paths(tmp_path_factory: pytest.TempPathFactory, small_tokenizer: Tokenizer) 
     """What the tables' {names} stand for; `root` holds all of it, and the working folder."""
     root = tmp_path_factory.mktemp("wrong")
     for name, tokenizer, seed, documents in (
-        ("tokens", "a" * 64, 0, 30),
-        ("second_tokens", "a" * 64, 1, 30),
+        ("tokens", small_tokenizer.sha256, 0, 30),
+        ("second_tokens", small_tokenizer.sha256, 1, 30),
         ("other_tokens", "b" * 64, 0, 30),
-        ("empty_tokens", "a" * 64, 0, 0),
-        ("cut_tokens", "a" * 64, 2, 30),
+        ("empty_tokens", small_tokenizer.sha256, 0, 0),
+        ("cut_tokens", small_tokenizer.sha256, 2, 30),
     ):
         _write_tokens(root / name, tokenizer, seed, documents)
     with (root / "cut_tokens.bin").open("r+b") as file:

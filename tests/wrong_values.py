@@ -230,7 +230,6 @@ COMMANDS: list[Case] = [
     (["generate", "--checkpoint", "", "--prompt", "a"], ["--checkpoint"]),
     (["generate", "--checkpoint", "{text}", "--prompt", "a"], ["--checkpoint: {text}"]),
     (["generate", "--checkpoint", "{damaged_run}", "--prompt", "a"], ["--checkpoint", "checkpoint.json"]),
-    (["generate", "--checkpoint", "{cut_run}", "--prompt", "a", "--tokenizer", "{tokenizer}"], ["--checkpoint", "{cut_run}"]),
     (["generate", "--checkpoint", "{run}", "--prompt", "a"], ["--checkpoint", "--tokenizer"]),
     (["generate", "--checkpoint", "{run}", "--prompt", "a", "--tokenizer", "{missing}"], ["--tokenizer: {missing}"]),
     (["generate", "--checkpoint", "{run}", "--prompt", "a", "--tokenizer", "{text}"], ["--tokenizer: {text}"]),

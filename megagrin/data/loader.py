@@ -27,6 +27,7 @@ from megagrin.kernels.cross_entropy import IGNORE
 IGNORED_LABEL = IGNORE
 # Longest wait for one step's batches: storage that answers slower than this is taken for dead.
 _TIMEOUT_SECONDS = 600.0
+MAX_WORKERS = 256  # processes for one rank: more is a slip of the keyboard
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,9 @@ class DataConfig:
 
     def violations(self) -> list[str]:
         """Every broken rule of this section, as `field: value and rule`."""
-        return [f"data.num_workers: {self.num_workers} must not be negative"] if self.num_workers < 0 else []
+        if 0 <= self.num_workers <= MAX_WORKERS:
+            return []
+        return [f"data.num_workers: {self.num_workers} must lie in [0, {MAX_WORKERS}]"]
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,11 @@ import dataclasses
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from megagrin.checkpoint import store
 from megagrin.checkpoint.store import CheckpointInfo
 from megagrin.checkpoint.tokens import token_source
-from megagrin.data.loader import IGNORED_LABEL, Batch, GlobalBatches, evaluation_batches
+from megagrin.data.loader import Batch, GlobalBatches, evaluation_batches
 from megagrin.distributed.mesh import ParallelMesh, build_mesh
 from megagrin.distributed.runtime import Runtime
 from megagrin.engines.base import Engine
@@ -67,16 +66,8 @@ class Trainer:
                 dp_size=self.mesh.dp_size,
                 **common,
             )
-            self._require_labels()
         with bounded_builds(run.runtime.timeout_minutes * 60):
             self.engine = build_engine(run, self.mesh, runtime.device)
-
-    def _require_labels(self) -> None:
-        labelled = torch.stack([(batch.labels_BS != IGNORED_LABEL).sum() for batch in self.valid]).sum().to(self.runtime.device)
-        dist.all_reduce(labelled, group=self.mesh.group("dp"))
-        if labelled == 0:
-            hint = "; with data.document_attention a document of one token has none" if self.run.data.document_attention else ""
-            raise ValueError(f"data.valid: {self.run.data.valid}: no token of the evaluation has a label{hint}")
 
     def resume(self) -> Start:
         """Continue from the newest checkpoint of the run folder, or take weights from train.init_from.

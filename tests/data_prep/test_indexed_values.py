@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megagrin.data_prep import indexed
+from megagrin.data_prep import indexed, layout
 from megagrin.data_prep.indexed import IndexedDataset, IndexedDatasetWriter, merge
 from megagrin.data_prep.sidecar import Provenance
 
@@ -56,7 +56,8 @@ def test_pieces_of_any_size_give_the_same_files(tmp_path: Path, monkeypatch: pyt
     """Copying and scanning in bounded pieces sees every token once."""
     parts = [write(tmp_path / "a", DOCUMENTS), write(tmp_path / "b", [[50], [2]])]
     whole = write(tmp_path / "whole", [*DOCUMENTS, [50], [2]])
-    monkeypatch.setattr(indexed, "_COPY_TOKENS", piece)
+    for module in (indexed, layout):
+        monkeypatch.setattr(module, "COPY_TOKENS", piece, raising=False)
     merge(parts, tmp_path / "merged")
     for suffix in ("bin", "idx", "json"):
         assert (tmp_path / f"merged.{suffix}").read_bytes() == (tmp_path / f"whole.{suffix}").read_bytes()
@@ -106,6 +107,6 @@ def test_the_fingerprint_is_the_hash_of_the_checksums(tmp_path: Path) -> None:
 
 
 def test_merging_nothing_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="merge: no token files given"):
+    with pytest.raises(ValueError, match="prefixes: no token files given"):
         merge([], tmp_path / "a")
     assert not list(tmp_path.iterdir())

@@ -129,19 +129,27 @@ def test_unchanged_settings_say_nothing(tmp_path: Path, tokens: str, capsys: pyt
 def test_nothing_to_learn(tmp_path: Path, tokens: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Documents of one token have no label: neither trained on nor evaluated."""
     single = write_tokens(tmp_path / "single", 1)
+    with IndexedDatasetWriter(tmp_path / "late", Provenance(vocab_size=VOCAB)) as writer:
+        for length in [1] * 500 + [20]:
+            writer.add(np.full(length, 1))
     attention = "--data.document_attention=true"
     run = tmp_path / "run"
-    assert train(run, single, 2, attention) == 2
+    for given, message in (
+        ([run, single, 2], f"data.train: {single}: with data.document_attention none of its first 100 tokens has a label"),
+        ([run, tokens, 2, f"--data.valid={single}", "--train.eval_samples=1"], f"data.valid: {single}: with data.document_attention none of its first"),
+    ):
+        assert train(*given, attention) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        assert message in error
+        assert not run.exists()
+    # A file with labels can still give a step none.
+    assert train(run, str(tmp_path / "late"), 2, attention, "--data.shuffle=false") == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert "step 1: no token of the global batch from data.train has a label" in error
     assert "data.document_attention" in error
     assert read_metrics(run / "metrics.jsonl") == []
-    assert train(tmp_path / "valid", tokens, 2, attention, f"--data.valid={single}") == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1
-    assert f"data.valid: {single}: no token of the evaluation has a label" in error
-    assert not (tmp_path / "valid").exists()
 
 
 def without_labels(labelled_rank: int | None) -> list[Any]:

@@ -1,5 +1,6 @@
 """A training run and its checkpoints agree on what made the tokens."""
 
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from megagrin.checkpoint.store import TokenSource
 from megagrin.cli import main
 from megagrin.data_prep.indexed import IndexedDatasetWriter
 from megagrin.data_prep.sidecar import Provenance, file_sha256
+from megagrin.data_prep.tokenizer import Tokenizer, TokenizerConfig, train_tokenizer
 
 VOCAB = 97
 _TINY = {
@@ -52,17 +54,18 @@ def test_the_sidecar_reaches_the_checkpoint(bos: bool, eos: bool, tmp_path: Path
     assert store.read_info(store.find(tmp_path / "run")).tokens == TokenSource(_ONE, bos, eos)
 
 
-def test_without_a_sidecar(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_a_sidecar(tmp_path: Path, small_tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]) -> None:
     """data.tokenizer is what is known then; a run does not continue with another one."""
     tokens = _write(tmp_path / "text", Provenance(VOCAB))
     (tmp_path / "text.json").unlink()
-    for name in ("one", "other"):
-        (tmp_path / name).write_text(name)
-    assert _train(tmp_path / "run", tokens, f"--data.tokenizer={tmp_path / 'one'}") == 0
+    shutil.copy(small_tokenizer.path, tmp_path / "one")
+    train_tokenizer([str(Path(shutil.__file__))], TokenizerConfig(str(tmp_path / "other"), 900, format="text", num_threads=1))
+    assert _train(tmp_path / "run", tokens, f"--data.tokenizer={tmp_path / 'one'}", "--model.vocab_size=1000") == 0
     assert store.read_info(store.find(tmp_path / "run")).tokens == TokenSource(file_sha256(tmp_path / "one"))
     (tmp_path / "one").write_text("another content")
     capsys.readouterr()
-    assert _train(tmp_path / "run", tokens, f"--data.tokenizer={tmp_path / 'other'}", "--train.steps=2") == 2
+    more = ["--model.vocab_size=1000", "--train.steps=2"]
+    assert _train(tmp_path / "run", tokens, f"--data.tokenizer={tmp_path / 'other'}", *more) == 2
     assert f"data.tokenizer: {tmp_path / 'other'} has SHA-256 {file_sha256(tmp_path / 'other')[:12]}" in capsys.readouterr().err
 
 
