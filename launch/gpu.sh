@@ -3,7 +3,7 @@
 # A stage that fails or runs out of its time does not stop the next one.
 #
 #   make gpu                      into runs/gpu
-#   make gpu HALF=first           4 minutes (limits: 8): is it right, and how fast with the fallback blocks; after it every goal has a number
+#   make gpu HALF=first           4 minutes (limits: 8): is it right, and how fast with the blocks that are there; after it every goal has a number
 #   make gpu HALF=second          5 minutes (limits: 7): tuned blocks, the same measurements with them, sanitizer, profile of a step
 #   make gpu OUT=/some/folder
 #   MEGAGRIN_GPU_DRY=1 make gpu   walks all stages on the CPU with tiny shapes: tests this script, measures nothing

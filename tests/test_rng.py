@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megagrin import rng
 from megagrin.models.init import fill_normal
@@ -190,6 +191,21 @@ def test_normal_run_is_independent_of_chunking(monkeypatch: pytest.MonkeyPatch) 
     far = (1 << 40) + 3
     assert torch.equal(rng.normal_run(far, 9, key, cpu)[2:], rng.normal_run(far + 2, 7, key, cpu))
     assert not torch.equal(rng.normal_run(1 << 34, 8, key, cpu), whole[:8])  # 2^34 numbers = 2^32 blocks further
+
+
+def test_normal_run_launches_little_on_a_device() -> None:
+    """2^26 numbers in few operators: blocks of a CPU's size take 250 for every 2^18, 2.6 million for a full-width model."""
+
+    class Count(TorchDispatchMode):
+        operators = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            self.operators += 1
+            return func(*args, **(kwargs or {}))
+
+    with Count() as count:
+        assert rng.normal_run(0, 1 << 26, rng.stream_key(3, "w"), torch.device("meta")).shape == (1 << 26,)
+    assert 0 < count.operators < 2000
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import torch
 from interpreted import COUNTS, assert_near, expert_of_row, normal, poisoned_memory
 from torch import Tensor
 
-from megagrin.kernels import moe_mlp_triton, tuning
+from megagrin.kernels import grouped_gemm_triton, moe_mlp_triton, tuning
 from megagrin.kernels.moe_mlp import expert_mlp
 from megagrin.kernels.permute import permute, sort_by_expert
 from megagrin.kernels.split_backward import inputs_only
@@ -75,6 +75,24 @@ def test_values_and_gradients(counts: list[int], dtype: torch.dtype, own_backwar
         assert_near(leaf.grad, exact[name], 1e-5 if dtype == torch.float32 else 2e-4)
     with torch.no_grad():  # nothing is kept, and nothing changes
         assert torch.equal(expert_mlp(*ours, torch.tensor(counts), b_R), y_RD)
+
+
+@pytest.mark.parametrize("major", [8, 9, 10])
+def test_fallback_blocks_of_gpus(major: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The blocks that GPUs run, on widths and counts that end within a second tile."""
+    for module in (moe_mlp_triton, grouped_gemm_triton):
+        monkeypatch.setattr(module, "config", lambda op, dtype, *_: tuning.fallback(op, dtype, major))
+    counts, d_model, d_ff, dtype = [129, 0, 3], 72, 264, torch.bfloat16
+    x_RD, dy_RD = normal(132, d_model, seed=1, dtype=dtype), normal(132, d_model, seed=4, dtype=dtype)
+    leaves = [t.requires_grad_() for t in (x_RD, *weights(3, d_model, d_ff, dtype), torch.rand(132))]
+    b_R = torch.rand(132)
+    with poisoned_memory():
+        y_RD = expert_mlp(*leaves, torch.tensor(counts), b_R)
+        y_RD.backward(dy_RD)
+    exact = exact_mlp(*(t.detach() for t in leaves), b_R, expert_of_row(counts), dy_RD, dtype)
+    assert_near(y_RD, exact["y"])
+    for name, leaf in zip(("x", "up", "down", "v"), leaves, strict=True):
+        assert_near(leaf.grad, exact[name], 2e-4)
 
 
 @pytest.mark.parametrize("gather", [False, True])
