@@ -167,7 +167,11 @@ TRAIN: list[Case] = [
     (["--data.valid={other_tokens}"], ["data.valid", "{other_tokens}", "another tokenizer"]),
     (["--data.tokenizer={missing}"], ["data.tokenizer", "{missing}"]),
     (["--data.tokenizer={text}"], ["data.tokenizer", "{text}"]),
-    (["--data.tokenizer={tokenizer}"], ["data.tokenizer", "{tokenizer}", "another tokenizer"]),
+    (["--data.tokenizer={tokenizer}"], ["data.tokenizer", "{tokenizer}", "model.vocab_size"]),
+    (
+        ["--data.train={other_tokens}", "--data.tokenizer={tokenizer}", "--model.vocab_size=1000"],
+        ["data.tokenizer", "another tokenizer"],
+    ),
     (["--train.seq_len=1000"], ["data.train", "train.seq_len"]),
     (["--data.valid={tokens}", "--train.eval_samples=100000"], ["train.eval_samples: 100000"]),
     (["--model.vocab_size=50"], ["data.train", "model.vocab_size=50"]),

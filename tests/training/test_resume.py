@@ -35,10 +35,10 @@ TINY = [
 ]
 
 
-def write_tokens(prefix: Path, length: int) -> str:
-    """100 documents of `length` tokens."""
+def write_tokens(prefix: Path, length: int, documents: int = 100) -> str:
+    """Documents of `length` tokens."""
     with IndexedDatasetWriter(prefix, Provenance(vocab_size=VOCAB)) as writer:
-        for document in range(100):
+        for document in range(documents):
             writer.add(np.full(length, document % VOCAB))
     return str(prefix)
 
@@ -128,15 +128,18 @@ def test_unchanged_settings_say_nothing(tmp_path: Path, tokens: str, capsys: pyt
 
 def test_nothing_to_learn(tmp_path: Path, tokens: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Documents of one token have no label: neither trained on nor evaluated."""
-    single = write_tokens(tmp_path / "single", 1)
+    single = write_tokens(tmp_path / "single", 1, 1000)
     with IndexedDatasetWriter(tmp_path / "late", Provenance(vocab_size=VOCAB)) as writer:
         for length in [1] * 500 + [20]:
             writer.add(np.full(length, 1))
     attention = "--data.document_attention=true"
     run = tmp_path / "run"
     for given, message in (
-        ([run, single, 2], f"data.train: {single}: with data.document_attention none of its first 100 tokens has a label"),
-        ([run, tokens, 2, f"--data.valid={single}", "--train.eval_samples=1"], f"data.valid: {single}: with data.document_attention none of its first"),
+        ([run, single, 2], f"data.train: {single}: with data.document_attention none of its first 1000 tokens has a label"),
+        (
+            [run, tokens, 2, f"--data.valid={single}", "--train.eval_samples=1"],
+            f"data.valid: {single}: with data.document_attention none of its first",
+        ),
     ):
         assert train(*given, attention) == 2
         error = capsys.readouterr().err
