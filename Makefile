@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help setup quickstart control test test-slow test-all lint hooks format types gpu bench mutants clean
+.PHONY: help setup quickstart control test test-slow test-all combinations lint hooks format types gpu bench mutants clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -35,6 +35,10 @@ test-slow: setup  ## the slow suites
 
 test-all: test test-slow  ## everything that needs no GPU
 	@$(BIN)/python -m pytest -m 'long and not gpu' --ignore=tests/kernels_interpret --timeout 900
+
+combinations: setup  ## every case of README's table, and the table from those that passed; half an hour
+	@mkdir -p runs; $(BIN)/python -m pytest -m 'not gpu' tests/parallel tests/engines --timeout 900 --junitxml=runs/combinations.xml; \
+	  $(BIN)/python tests/parallel/combinations.py runs/combinations.xml
 
 lint: setup  ## ruff and shellcheck
 	@$(BIN)/ruff check .

@@ -3,8 +3,8 @@
 A cell is ticked when there is a case for every option of its row with its column and of its column with its row; a stage of ZeRO
 with recomputation: for every stage with every mode and part. Cases that are skipped or expected to fail do not count.
 
-    pytest -m 'not gpu' tests/parallel tests/engines --junitxml=ran.xml
-    python tests/parallel/combinations.py ran.xml    # writes the table from the cases that passed
+    make combinations                                      # runs every case, and writes the table from those that passed
+    python tests/parallel/combinations.py ran.xml more.xml # the same from reports of runs that there were
 """
 
 import importlib
@@ -174,10 +174,10 @@ def in_readme() -> str:
     return found[1]
 
 
-def main(report: str) -> None:
-    """Write the table from the cases that passed in a run of pytest; those that it had not stay out."""
+def main(reports: list[str]) -> None:
+    """Write the table from the cases that passed in runs of pytest; those that they had not stay out."""
     passed = set()
-    for test in ElementTree.parse(report).iter("testcase"):
+    for test in (test for report in reports for test in ElementTree.parse(report).iter("testcase")):
         if not {child.tag for child in test} & {"failure", "error", "skipped"}:
             passed.add((test.attrib["classname"].removeprefix("tests."), test.attrib["name"]))
     ran = [case for case in cases() if case.node in passed]
@@ -186,4 +186,4 @@ def main(report: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1:])
