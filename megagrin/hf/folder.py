@@ -28,7 +28,8 @@ from megagrin.inference.vocabulary import Vocabulary, check_size, load_vocabular
 from megagrin.models.transformer import ModelConfig, Transformer
 from megagrin.moe.router import RouterConfig
 from megagrin.settings import config
-from megagrin.settings.arguments import CommandParser, about, require_folder
+from megagrin.settings.arguments import about, require_folder
+from megagrin.settings.commands import CommandParser
 
 _CONFIG, _INDEX, _SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

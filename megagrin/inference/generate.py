@@ -22,7 +22,8 @@ from megagrin.inference.vocabulary import load_vocabulary
 from megagrin.models.transformer import ModelConfig, Transformer
 from megagrin.nn.attention import KVCache
 from megagrin.settings import config
-from megagrin.settings.arguments import CommandParser, about
+from megagrin.settings.arguments import about
+from megagrin.settings.commands import CommandParser
 
 _MASK_32 = 0xFFFFFFFF
 

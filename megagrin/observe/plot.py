@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megagrin.observe.metrics import FILE_NAME, read_metrics
-from megagrin.settings.arguments import CommandParser, about, require_folder
+from megagrin.settings.arguments import about, require_folder
+from megagrin.settings.commands import CommandParser
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -7,6 +7,7 @@ is left out before anything is launched, and a candidate whose result differs fr
 Shape suffixes: T tokens, R routed rows, E experts, D model width, F expert width, N output and K contracted features.
 """
 
+import argparse
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -16,7 +17,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from jsonargparse import Namespace
 from torch import Tensor
 
 from megagrin.distributed.runtime import RuntimeConfig, session
@@ -24,7 +24,7 @@ from megagrin.kernels import tuning
 from megagrin.kernels.tuning import BlockConfig, Key, Op, Table
 from megagrin.kernels.tuning_candidates import CANDIDATES
 from megagrin.models.grin import PRESETS
-from megagrin.settings.arguments import CommandParser, check, require_folder
+from megagrin.settings.arguments import check, option_problems, require_folder
 
 
 @dataclass(frozen=True)
@@ -271,7 +271,7 @@ class CudaMeasure:
         return begin.elapsed_time(end) / 1e3 / self.per_round
 
 
-def _layers(options: Namespace) -> list[LayerShape]:
+def _layers(options: argparse.Namespace) -> list[LayerShape]:
     if options.shape:
         return [_shape(text) for text in options.shape]
     if options.preset not in PRESETS or not PRESETS[options.preset].is_moe:
@@ -292,14 +292,16 @@ def _shape(text: str) -> LayerShape:
     return layer
 
 
-def _parser() -> CommandParser:
-    parser = CommandParser(prog="megagrin kernels tune", description="Measure block sizes on this GPU and write the table.")
+def _parser() -> argparse.ArgumentParser:
+    """argparse's own: a machine for `make gpu` need not have jsonargparse."""
+    about = "Measure block sizes on this GPU and write the table."
+    parser = argparse.ArgumentParser(prog="megagrin kernels tune", description=about, allow_abbrev=False)
     parser.add_argument("--preset", default="grin_16x3_8b", help="model whose layers to tune for")
     parser.add_argument("--tokens", type=int, nargs="+", default=[8192, 32768], help="tokens of a micro-batch, with --preset")
     parser.add_argument(
         "--shape", action="append", metavar="TxDxFxExK", help="tokens, d_model, d_ff, experts, top-k in place of --preset"
     )
-    parser.add_argument("--out", type=Path | None, default=None, help="folder of tables (default: MEGAGRIN_TUNED)")
+    parser.add_argument("--out", type=Path, default=None, help="folder of tables (default: MEGAGRIN_TUNED)")
     parser.add_argument("--seconds", type=float, default=600.0, help="start no further product after this time")
     return parser
 
@@ -310,7 +312,10 @@ def main(argv: list[str]) -> int:
         argv = ["tune", "--help"]
     if not argv or argv[0] != "tune":
         raise ValueError(f"kernels: {argv[0] if argv else 'nothing'} is no action; there is: tune")
-    options = _parser().parse_args(argv[1:])
+    parser = _parser()
+    if not {"-h", "--help"} & set(argv):
+        check(list(option_problems(parser, argv[1:])))
+    options = parser.parse_args(argv[1:])
     layers = _layers(options)
     if not 0 < options.seconds < float("inf"):
         raise ValueError(f"--seconds: {options.seconds} must be a positive finite number")
@@ -331,7 +336,7 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _measured(layers: list[LayerShape], options: Namespace, device: torch.device) -> Table:
+def _measured(layers: list[LayerShape], options: argparse.Namespace, device: torch.device) -> Table:
     deadline = time.monotonic() + options.seconds
     properties: Any = torch.cuda.get_device_properties(device)  # torch's own types lack the opt-in shared memory
     gpu, version = torch.cuda.get_device_name(device), tuning.triton_version()

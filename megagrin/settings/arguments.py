@@ -9,11 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from jsonargparse import ArgumentParser
-
-from megagrin.settings.recipe import one_line
 from megagrin.settings.values import convert, show
 
 
@@ -125,44 +121,25 @@ def unknown(key: str, known: set[str], source: str) -> str:
     return f"{key}: no such key ({source}){hint}"
 
 
-class CommandParser(ArgumentParser):
-    """A parser of flat options: several errors at once, each as `--option: value and rule`."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **{"exit_on_error": False, "allow_abbrev": False, "default_env": False} | kwargs)
-
-    def parse_args(self, args: Any = None, namespace: Any = None, **kwargs: Any) -> Any:  # type: ignore[override]
-        """As argparse's.
-
-        Raises:
-            ValueError: unknown or missing options, values of a wrong type.
-        """
-        argv = list(args or [])
-        if not {"-h", "--help"} & set(argv):
-            check(list(self._problems(argv)))
-        try:
-            return super().parse_args(argv, namespace, **kwargs)
-        except (argparse.ArgumentError, TypeError) as error:
-            raise ValueError(one_line(str(error))) from error
-
-    def _problems(self, argv: list[str]) -> Iterator[str]:
-        actions = {option.removeprefix("--"): action for action in self._actions for option in action.option_strings}
-        several = {key for key, action in actions.items() if action.nargs in ("+", "*")}
-        flags = {key for key, action in actions.items() if action.nargs in ("?", 0)}
-        takes_words = any(not action.option_strings for action in self._actions)
-        given = read_arguments(argv, flags if takes_words else (), several)
-        for argument in given:
-            if not argument.key:
-                if not takes_words:
-                    yield f"{show(argument.values[0])}: an option is expected here, --help lists them"
-            elif argument.key not in actions:
-                yield unknown(f"--{argument.key}", {f"--{key}" for key in actions}, "command line")
-            else:
-                yield from _wrong_values(argument, actions[argument.key], argument.key in flags)
-        present = {argument.key for argument in given}
-        for key, action in actions.items():
-            if action.required and not {option.removeprefix("--") for option in action.option_strings} & present:
-                yield f"--{key}: must be given ({action.help})"
+def option_problems(parser: argparse.ArgumentParser, argv: list[str]) -> Iterator[str]:
+    """What is wrong with a command line of flat options, each as `--option: value and rule`."""
+    actions = {option.removeprefix("--"): action for action in parser._actions for option in action.option_strings}
+    several = {key for key, action in actions.items() if action.nargs in ("+", "*")}
+    flags = {key for key, action in actions.items() if action.nargs in ("?", 0)}
+    takes_words = any(not action.option_strings for action in parser._actions)
+    given = read_arguments(argv, flags if takes_words else (), several)
+    for argument in given:
+        if not argument.key:
+            if not takes_words:
+                yield f"{show(argument.values[0])}: an option is expected here, --help lists them"
+        elif argument.key not in actions:
+            yield unknown(f"--{argument.key}", {f"--{key}" for key in actions}, "command line")
+        else:
+            yield from _wrong_values(argument, actions[argument.key], argument.key in flags)
+    present = {argument.key for argument in given}
+    for key, action in actions.items():
+        if action.required and not {option.removeprefix("--") for option in action.option_strings} & present:
+            yield f"--{key}: must be given ({action.help})"
 
 
 def _wrong_values(argument: Argument, action: argparse.Action, flag: bool) -> Iterator[str]:

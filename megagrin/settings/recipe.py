@@ -1,13 +1,12 @@
 """Reading a recipe: a YAML file of sections, each a mapping of settings."""
 
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from megagrin.settings.values import show
+from megagrin.settings.values import one_line, show
 
 
 def read_recipe(path: str | Path) -> dict[str, Any]:
@@ -75,8 +74,3 @@ def _flatten(content: dict[Any, Any]) -> dict[str, Any]:
         else:
             flat[str(section)] = None if keys == {} else keys
     return flat
-
-
-def one_line(text: str) -> str:
-    """Text with every run of white space as one space."""
-    return re.sub(r"\s+", " ", text).strip()

@@ -9,8 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
-import yaml
-
 _INTEGER = re.compile(r"[-+]?\d+(_\d+)*")
 _YAML_FLOAT = re.compile(r"^([-+]?)\.(inf|nan)$", re.IGNORECASE)
 _BOOLEANS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
@@ -31,6 +29,11 @@ def show(value: Any) -> str:
     if isinstance(value, int) and not isinstance(value, bool) and value.bit_length() > _LARGEST.bit_length() * 2:
         return f"a number of about {int(value.bit_length() * math.log10(2))} digits"
     return _show.repr(value) if not isinstance(value, bool) else str(value).lower()
+
+
+def one_line(text: str) -> str:
+    """Text with every run of white space as one space."""
+    return re.sub(r"\s+", " ", text).strip()
 
 
 def convert(hint: Any, value: Any) -> Any:
@@ -84,6 +87,8 @@ def _scalar(hint: Any, value: Any) -> Any:
 
 def _sequence(hint: Any, value: Any) -> tuple[Any, ...]:
     if isinstance(value, str):
+        import yaml  # a command without lists runs where there is no PyYAML
+
         try:
             value = yaml.safe_load(value)
         except Exception:  # PyYAML lets through whatever its constructors raise
