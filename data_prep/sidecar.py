@@ -4,8 +4,6 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -106,29 +104,6 @@ def refuse_foreign(prefix: str | Path) -> None:
         raise ValueError(f"{path} exists and is not the sidecar of token files, which would take its place") from error
 
 
-@dataclass(frozen=True)
-class Framing:
-    """What stands around the tokens of each document that has text.
-
-    Args:
-        bos: each document starts with the tokenizer's bos id.
-        eos: each document ends with the tokenizer's eos id.
-    """
-
-    bos: bool = False
-    eos: bool = True
-
-
-def read_framing(prefix: str | Path) -> Framing:
-    """How the documents of a pair of token files are framed; without a sidecar as Megatron's own preprocessing does it.
-
-    Raises:
-        ValueError: as `read_sidecar`.
-    """
-    sidecar = read_sidecar(prefix)
-    return Framing() if sidecar is None else Framing(sidecar.append_bos, sidecar.append_eos)
-
-
 def file_sha256(path: str | Path) -> str:
     """Hexadecimal SHA-256 of a file's bytes, read in pieces."""
     digest = hashlib.sha256()
@@ -136,18 +111,3 @@ def file_sha256(path: str | Path) -> str:
         while piece := file.read(_HASH_CHUNK):
             digest.update(piece)
     return digest.hexdigest()
-
-
-@contextmanager
-def named(setting: str) -> Iterator[None]:
-    """Puts the setting that named a file in front of what is wrong with the file.
-
-    Raises:
-        ValueError: instead of a ValueError or OSError of the block.
-    """
-    try:
-        yield
-    except OSError as error:
-        raise ValueError(f"{setting}: {error.filename}: {error.strerror}" if error.filename else f"{setting}: {error}") from error
-    except ValueError as error:
-        raise ValueError(f"{setting}: {error}") from error

@@ -21,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megagrin.data_prep.indexed import IndexedDataset
-from megagrin.data_prep.sidecar import Framing, read_framing, read_sidecar
+from megagrin.data_prep.sidecar import read_sidecar
 from megagrin.data_prep.tokenize import TokenizeConfig, TokenizeReport, in_valid_split, tokenize
 from megagrin.data_prep.tokenizer import Tokenizer
 
@@ -150,12 +150,11 @@ def test_the_framing_of_documents_is_recorded(
     run: Callable[..., TokenizeReport], tmp_path: Path, options: dict[str, bool]
 ) -> None:
     run(jsonl(tmp_path / "a.jsonl", ["one", ""]), **options)
-    framing = read_framing(tmp_path / "out")
+    sidecar = read_sidecar(str(tmp_path / "out"))
+    assert sidecar is not None
     first, empty = documents(tmp_path / "out")
-    assert (framing.bos, framing.eos) == (first[0] == 1, first[-1] == 2)
+    assert (sidecar.append_bos, sidecar.append_eos) == (first[0] == 1, first[-1] == 2)
     assert empty == []
-    (tmp_path / "out.json").unlink()
-    assert read_framing(tmp_path / "out") == Framing(bos=False, eos=True)
 
 
 def test_folders_made_for_nothing_are_removed(run: Callable[..., TokenizeReport], tmp_path: Path) -> None:
