@@ -7,8 +7,8 @@ the tests of its room and runs them once while it notes which lines each test re
 changed code into the functions of the fork and runs the tests that reach the statement, quickest first, until one fails. Where
 the change is one of the import (a table, a default), the fork is made before the package is imported: a second more.
 
-Tests that start ranks or commands are left out: their processes have the code of the disk. A statement that no other fast test reaches is
-counted apart as `unreached`: ranks, commands in processes of their own, and slow tests may reach it.
+Tests that start ranks or commands are left out: their processes have the code of the disk. A statement that no other fast test
+reaches is counted apart as `unreached`: ranks, commands in processes of their own, and slow tests may reach it.
 
 A survivor that is accepted stands in accepted.yaml with its reason. The exit status is 1 where another one survives.
 """
@@ -38,12 +38,13 @@ sys.path.insert(0, str(HERE))
 from mutate import Mutant, mutants  # noqa: E402
 
 IGNORED: list[str] = []  # of --without
+LONGEST: list[float] = []  # of --longest
 # What runs a room's code beside the tests of its own folder.
 STEP = "tests/training/test_run_values.py"  # one step of a whole run against formulas
 TESTS = {
     "megagrin/rng.py": ["tests/test_rng.py", "tests/test_rng_values.py", "tests/moe/test_router.py"],
     "megagrin/moe/balance.py": ["tests/moe/test_balance.py", "tests/moe/test_moe_values.py", STEP],
-    "megagrin/nn/rope.py": ["tests/models", "tests/nn"],
+    "megagrin/nn/rope.py": ["tests/models/test_model.py", "tests/models/test_rope_values.py"],
     "megagrin/planning/flops.py": ["tests/planning/test_flops.py", "tests/planning/test_flops_values.py", STEP],
     "megagrin/cli.py": ["tests/test_cli.py", "tests/settings", "tests/test_wrong_input.py"],
     "megagrin/settings": ["tests/settings", "tests/test_cli.py", "tests/test_wrong_input.py"],
@@ -211,7 +212,7 @@ class Session:
         broken = []
         for place, item in enumerate(items):
             lines.clear()
-            start = time.perf_counter()
+            start, used = time.perf_counter(), time.process_time()
             sys.settrace(tracer)
             try:
                 reports = runtestprotocol(item, log=False, nextitem=items[place + 1] if place + 1 < len(items) else None)
@@ -219,7 +220,7 @@ class Session:
                 sys.settrace(None)
             if any(report.failed for report in reports):
                 broken.append(item.nodeid)
-            elif lines:
+            elif lines and time.process_time() - used <= LONGEST[0]:
                 self.reached[item.nodeid], self.seconds[item.nodeid] = set(lines), time.perf_counter() - start
         return broken
 
@@ -309,7 +310,8 @@ def sources() -> list[str]:
 def _alive(output: Path) -> dict[str, set[int]]:
     results = [json.loads(line) for line in output.read_text().splitlines()]
     return {
-        result["file"]: {entry["number"] for entry in result["tried"] if entry["outcome"] in ("survived", "unreached")} for result in results
+        result["file"]: {entry["number"] for entry in result["tried"] if entry["outcome"] in ("survived", "unreached")}
+        for result in results
     }
 
 
@@ -319,11 +321,13 @@ def main() -> int:
     parser.add_argument("--sample", type=int, default=0, help="mutants per file, drawn at random; 0 tries every one")
     parser.add_argument("--seed", type=int, default=0, help="of the sample")
     parser.add_argument("--limit", type=float, default=20.0, help="seconds a mutant may take beyond 5 times its tests")
-    parser.add_argument("--again", type=Path, help="--output of an earlier run on the same sources: what was not killed once more")
+    parser.add_argument("--again", type=Path, help="--output of an earlier run on the same sources: those not killed once more")
+    parser.add_argument("--longest", type=float, default=1e9, help="seconds of CPU time of a test; longer ones are left out")
     parser.add_argument("--without", action="append", default=[], help="pattern of test files to leave out: what do they add?")
     parser.add_argument("--output", type=Path, help="a line of JSON for every file")
     options = parser.parse_args()
     IGNORED.extend(options.without)
+    LONGEST.append(options.longest)
     os.chdir(ROOT)
     sys.dont_write_bytecode = True
     os.environ["OMP_NUM_THREADS"] = "1"

@@ -5,17 +5,20 @@ A layout compared with one process, or a resumed run with an uninterrupted one, 
 Shape suffixes: T tokens, E experts.
 """
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from common import MODEL, OPTIM, Run, build_engine, capture_gradients, full, micro_batches
 from test_train import TINY, train, write_tokens
 from torch import Tensor
 
+from megagrin import rng
 from megagrin.checkpoint import store
 from megagrin.distributed.runtime import RuntimeConfig, session
 from megagrin.moe.balance import BalanceConfig
@@ -99,11 +102,11 @@ def test_a_step_descends_the_written_out_total_loss(scope: Any, alone: None, mon
     assert result.loss == pytest.approx(output.loss_sum.item() / int((batch.labels_BS != -100).sum()), rel=1e-9)
 
 
-def test_consumed_samples_and_rates_of_a_run(tmp_path: Path, tokens: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_consumed_samples_and_rates_of_a_run(tmp_path: Path, tokens: str) -> None:
     """Batches of 4 sequences: 4, 8, 12 samples; and every rate is the learning-rate formula's."""
     run = tmp_path / "run"
-    settings = ["--train.steps=3", "--optim.warmup_steps=2", "--optim.lr=0.004", "--optim.schedule=cosine", "--optim.min_lr_ratio=0"]
-    assert train(run, tokens, *settings) == 0
+    rate = ["--optim.lr=0.004", "--optim.warmup_steps=2", "--optim.schedule=cosine", "--optim.min_lr_ratio=0"]
+    assert train(run, tokens, "--train.steps=3", *rate) == 0
     rows = [row for row in read_metrics(run / "metrics.jsonl") if "loss" in row]
     assert [row["step"] for row in rows] == [1, 2, 3]
     assert [row["consumed_samples"] for row in rows] == [4, 8, 12]
@@ -114,7 +117,7 @@ def test_consumed_samples_and_rates_of_a_run(tmp_path: Path, tokens: str, monkey
         assert row["mfu"] / row["tokens_per_second"] == pytest.approx(rows[0]["mfu"] / rows[0]["tokens_per_second"], rel=1e-9)
 
 
-def test_units_of_speed_and_utilization(alone: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_units_of_speed_and_utilization(monkeypatch: pytest.MonkeyPatch) -> None:
     """4 sequences of 32 tokens in half a second are 256 tokens/s of the whole run; MFU divides by the peak of all ranks."""
     run = configured("--train.run_dir=x", "--data.train=x", "--metrics.peak_tflops=0.002")
     clock = iter([10.0, 20.0, 20.5, 22.5])
@@ -142,12 +145,6 @@ def configured(*settings: str) -> RunConfig:
 
 def test_the_seed_decides_weights_order_and_draws(tmp_path: Path, tokens: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """train.seed reaches all three, and each by the address that another program can calculate."""
-    import hashlib
-
-    import numpy as np
-
-    from megagrin import rng
-
     addresses: list[Draws] = []
     forward = Router.forward
 
@@ -169,7 +166,8 @@ def test_the_seed_decides_weights_order_and_draws(tmp_path: Path, tokens: str, m
             batches = trainer.batches.micro_batches(1)
             digest = hashlib.sha256(f"{seed}/data/samples/0".encode()).digest()
             words = [int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:8], "little")]
-            order = np.argsort(np.random.Philox(key=np.array(words, dtype=np.uint64)).random_raw(trainer.batches.samples_per_epoch))
+            drawn = np.random.Philox(key=np.array(words, dtype=np.uint64)).random_raw(trainer.batches.samples_per_epoch)
+            order = np.argsort(drawn)
             epoch = trainer.batches._samples._epoch
             assert epoch is not None
             assert np.array_equal(epoch.samples_N, order)
