@@ -7,8 +7,8 @@ the tests of its room and runs them once while it notes which lines each test re
 changed code into the functions of the fork and runs the tests that reach the statement, quickest first, until one fails. Where
 the change is one of the import (a table, a default), the fork is made before the package is imported: a second more.
 
-Tests that start ranks are left out: their processes have the code of the disk. A statement that no other fast test reaches is
-counted apart as `unreached`: ranks, commands in processes of their own, and slow tests may reach it.
+Tests that start ranks or commands are left out: their processes have the code of the disk. A statement that no other fast test
+reaches is counted apart as `unreached`: ranks, commands in processes of their own, and slow tests may reach it.
 
 A survivor that is accepted stands in accepted.yaml with its reason. The exit status is 1 where another one survives.
 """
@@ -38,26 +38,28 @@ sys.path.insert(0, str(HERE))
 from mutate import Mutant, mutants  # noqa: E402
 
 IGNORED: list[str] = []  # of --without
+LONGEST: list[float] = []  # of --longest
 # What runs a room's code beside the tests of its own folder.
+STEP = "tests/training/test_run_values.py"  # one step of a whole run against formulas
 TESTS = {
     "megagrin/rng.py": ["tests/test_rng.py", "tests/test_rng_values.py", "tests/moe/test_router.py"],
-    "megagrin/moe/balance.py": ["tests/moe/test_balance.py", "tests/moe/test_moe_values.py"],
-    "data_prep/indexed.py": ["tests/data_prep/test_indexed.py", "tests/data_prep/test_indexed_values.py"],
-    "megagrin/nn/rope.py": ["tests/models/test_model.py"],
-    "megagrin/planning/flops.py": ["tests/planning/test_flops.py", "tests/planning/test_flops_values.py"],
-    "megagrin/settings/config.py": ["tests/test_config.py", "tests/test_cli.py"],
-    "megagrin/cli.py": ["tests/test_cli.py", "tests/test_config.py"],
-    "megagrin/data": ["tests/data"],
+    "megagrin/moe/balance.py": ["tests/moe/test_balance.py", "tests/moe/test_moe_values.py", STEP],
+    "megagrin/nn/rope.py": ["tests/models/test_model.py", "tests/models/test_rope_values.py"],
+    "megagrin/planning/flops.py": ["tests/planning/test_flops.py", "tests/planning/test_flops_values.py", STEP],
+    "megagrin/cli.py": ["tests/test_cli.py", "tests/settings", "tests/test_wrong_input.py"],
+    "megagrin/settings": ["tests/settings", "tests/test_cli.py", "tests/test_wrong_input.py"],
+    "megagrin/data": ["tests/data", "tests/data_prep/test_indexed.py"],
     "megagrin/distributed": ["tests/distributed", "tests/parallel"],
     "megagrin/nn": ["tests/nn", "tests/models"],
-    "megagrin/optim": ["tests/optim", "tests/training"],
-    "megagrin/optim/norm.py": ["tests/optim"],
-    "megagrin/optim/schedule.py": ["tests/optim"],
-    "megagrin/models": ["tests/models", "tests/test_config.py", "tests/planning/test_flops.py"],
-    "megagrin/moe": ["tests/moe"],
+    "megagrin/optim": ["tests/optim", STEP],
+    "megagrin/training": ["tests/training", "tests/settings"],
+    "megagrin/training/rules.py": ["tests/training/test_rules_values.py", "tests/settings", "tests/test_wrong_input.py"],
+    "megagrin/models": ["tests/models", "tests/settings", "tests/planning"],
+    "megagrin/moe": ["tests/moe", STEP],
     "megagrin/engines": ["tests/engines", "tests/training"],
     "megagrin/checkpoint": ["tests/checkpoint", "tests/training"],
     "data_prep": ["tests/data_prep"],
+    "data_prep/indexed.py": ["tests/data_prep/test_indexed.py", "tests/data_prep/test_indexed_values.py", "tests/data"],
     "kernels": ["tests/kernels", "tests/moe"],
 }
 TRITON = "_triton.py"
@@ -157,6 +159,11 @@ def _in_fork(action: Any, limit: float) -> str:
     return "timeout"
 
 
+def _starts_processes(item: pytest.Item) -> bool:
+    names = getattr(getattr(item, "function", None), "__code__", None)
+    return names is not None and not {"subprocess", "_torchrun"}.isdisjoint(names.co_names)
+
+
 class Session:
     """pytest plugin: coverage of one file by test, then its mutants of functions, one fork each."""
 
@@ -167,7 +174,7 @@ class Session:
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        items[:] = [item for item in items if "gloo" not in getattr(item, "fixturenames", ())]
+        items[:] = [item for item in items if "gloo" not in getattr(item, "fixturenames", ()) and not _starts_processes(item)]
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
@@ -205,7 +212,7 @@ class Session:
         broken = []
         for place, item in enumerate(items):
             lines.clear()
-            start = time.perf_counter()
+            start, used = time.perf_counter(), time.process_time()
             sys.settrace(tracer)
             try:
                 reports = runtestprotocol(item, log=False, nextitem=items[place + 1] if place + 1 < len(items) else None)
@@ -213,7 +220,7 @@ class Session:
                 sys.settrace(None)
             if any(report.failed for report in reports):
                 broken.append(item.nodeid)
-            elif lines:
+            elif lines and time.process_time() - used <= LONGEST[0]:
                 self.reached[item.nodeid], self.seconds[item.nodeid] = set(lines), time.perf_counter() - start
         return broken
 
@@ -300,10 +307,11 @@ def sources() -> list[str]:
     return sorted(str(file) for file in inside if file.name != "__init__.py" and not file.name.endswith(TRITON))
 
 
-def _survivors(output: Path) -> dict[str, set[int]]:
+def _alive(output: Path) -> dict[str, set[int]]:
     results = [json.loads(line) for line in output.read_text().splitlines()]
     return {
-        result["file"]: {entry["number"] for entry in result["tried"] if entry["outcome"] == "survived"} for result in results
+        result["file"]: {entry["number"] for entry in result["tried"] if entry["outcome"] in ("survived", "unreached")}
+        for result in results
     }
 
 
@@ -313,11 +321,13 @@ def main() -> int:
     parser.add_argument("--sample", type=int, default=0, help="mutants per file, drawn at random; 0 tries every one")
     parser.add_argument("--seed", type=int, default=0, help="of the sample")
     parser.add_argument("--limit", type=float, default=20.0, help="seconds a mutant may take beyond 5 times its tests")
-    parser.add_argument("--again", type=Path, help="--output of an earlier run on the same sources: its survivors once more")
+    parser.add_argument("--again", type=Path, help="--output of an earlier run on the same sources: those not killed once more")
+    parser.add_argument("--longest", type=float, default=1e9, help="seconds of CPU time of a test; longer ones are left out")
     parser.add_argument("--without", action="append", default=[], help="pattern of test files to leave out: what do they add?")
     parser.add_argument("--output", type=Path, help="a line of JSON for every file")
     options = parser.parse_args()
     IGNORED.extend(options.without)
+    LONGEST.append(options.longest)
     os.chdir(ROOT)
     sys.dont_write_bytecode = True
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -326,7 +336,7 @@ def main() -> int:
     torch.set_num_threads(1)
     _calm_hypothesis()
     reasons, open_ = accepted(), 0
-    earlier = _survivors(options.again) if options.again else {}
+    earlier = _alive(options.again) if options.again else {}
     for path in options.files or list(earlier) or sources():
         result = judge(path, options.sample, options.seed, options.limit, earlier.get(path))
         if options.output:
