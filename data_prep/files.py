@@ -91,7 +91,11 @@ def _identity(path: Path) -> tuple[int, int]:
 
 
 def _check_folder(path: Path) -> None:
-    folder = next(folder for folder in path.absolute().parents if os.path.lexists(folder))
+    folder = path.absolute().parent
+    while not os.path.lexists(folder):
+        if folder.name == os.pardir:  # made on the way, the missing folder would lead to a file that was not looked at
+            raise ValueError(f"{path}: {folder.parent} does not exist, so `..` leads nowhere from there")
+        folder = folder.parent
     if not folder.is_dir():
         raise ValueError(f"{path}: {folder} is not a folder")
     if not os.access(folder, os.W_OK | os.X_OK):

@@ -101,6 +101,8 @@ def require_folder(setting: str, path: str | Path) -> None:
         while not folder.is_dir():
             if os.path.lexists(folder):
                 raise ValueError(f"{setting}: {path} must be a folder, and {folder} is not")
+            if folder.name == os.pardir:  # made on the way, the missing folder would lead to files that were not looked at
+                raise ValueError(f"{setting}: {path}: {folder.parent} does not exist, so `..` leads nowhere from there")
             folder = folder.parent
         # os.access says yes to root where the file system says no.
         with tempfile.NamedTemporaryFile(dir=folder, prefix=".megagrin-"):

@@ -275,6 +275,7 @@ for command, base in (*BOTH, ("merge", MERGE)):
         ".": "output: '.' must end in the name of a file",
         "{d}/..": "output: '{d}/..' must end in the name of a file",
         "{d}/sub": "output: {d}/sub is a folder; name a file in it",
+        "{d}/missing/../good.jsonl": "{d}/missing does not exist, so `..` leads nowhere from there",
         "{d}/good.jsonl/new": "{d}/good.jsonl is not a folder",
         "{d}/loop/new": "{d}/loop is not a folder",
         "/dev/null/new": "/dev/null is not a folder",
