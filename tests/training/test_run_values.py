@@ -73,6 +73,8 @@ def test_a_step_descends_the_written_out_total_loss(scope: Any, alone: None, mon
     plain = build_engine(replace(run, balance=BalanceConfig(scope, 0.0, 0.0)))
     (batch,) = micro_batches(run, 0, plain.mesh)
     seen = logits_of_routers(monkeypatch)
+    previous_E = torch.arange(1, n + 1) / (n * (n + 1) / 2)  # even loads would have no gradient: Σ P_i is 1
+    plain.previous_f_LE.copy_(previous_E)
     routing = TrainRouting(Draws(7, 0, batch.token_index_BS.flatten()), batch.tokens_BS.numel(), plain.previous_f_LE)
     output = plain.model(batch.tokens_BS, batch.labels_BS, batch.positions_BS, train=routing)
     total = output.loss_sum / (batch.labels_BS != -100).sum()
@@ -85,12 +87,13 @@ def test_a_step_descends_the_written_out_total_loss(scope: Any, alone: None, mon
         f_E = counts_E / (k * z_TE.shape[0])
         terms.append(n * (f_E * p_TE.mean(0)).sum())
         squares.append(z_TE.exp().sum(1).log().square().mean())
-        used_E = torch.full((n,), 1 / n, dtype=torch.float64) if scope == "batch" else f_E  # the first step counts as balanced
+        used_E = previous_E.float().double() if scope == "batch" else f_E  # kept in fp32
         total = total + alpha * n * (used_E * p_TE.mean(0)).sum() + z_coef * squares[-1]
     total.backward()
     expected = {name: full(parameter.grad) for name, parameter in plain.model.named_parameters()}
 
     engine = build_engine(run)
+    engine.previous_f_LE.copy_(previous_E)
     gradients = capture_gradients(engine)
     result = engine.train_step([batch], 0, 1e-3)
     for name, gradient in gradients[0].items():
