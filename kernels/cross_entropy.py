@@ -115,7 +115,8 @@ def _whole_vocabulary(statistics: tuple[Tensor, ...], shard: VocabShard | None) 
         all_P4C = mine_4C.unsqueeze(0)
     else:
         all_P4C = mine_4C.new_empty(dist.get_world_size(shard.group), *mine_4C.shape)
-        dist.all_gather_into_tensor(all_P4C.view(-1, mine_4C.shape[1]), mine_4C, group=shard.group)
+        all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # torch 2.13 warns of the older name
+        all_gather(all_P4C.view(-1, mine_4C.shape[1]), mine_4C, group=shard.group)
     max_PC, sum_PC, target_PC, found_PC = all_P4C.unbind(1)
     best_C = max_PC.amax(0)
     base_C = best_C.masked_fill(best_C == -torch.inf, 0)

@@ -15,6 +15,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 
+# The names of torch 2.13; it warns of the older ones once a rank and call.
+_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+_reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+
 
 def local_tensor(tensor: Tensor) -> Tensor:
     """What this rank holds of a tensor: parameters are stored as DTensors and computed with as local tensors."""
@@ -151,7 +155,7 @@ class HostCopy:
 def _stacked(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     ranks = dist.get_world_size(group)
     joined = x.new_empty(ranks * x.shape[0], *x.shape[1:])
-    dist.all_gather_into_tensor(joined, x.contiguous(), group=group)
+    _all_gather(joined, x.contiguous(), group=group)
     return joined.unflatten(0, (ranks, x.shape[0]))
 
 
@@ -165,7 +169,7 @@ class _GatherStacked(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         summed = grad.new_empty(grad.shape[1:])
-        dist.reduce_scatter_tensor(summed, grad.flatten(0, 1).contiguous(), group=ctx.group)
+        _reduce_scatter(summed, grad.flatten(0, 1).contiguous(), group=ctx.group)
         return summed, None
 
 
@@ -210,7 +214,7 @@ class _ScatterSequence(torch.autograd.Function):
         ranks = dist.get_world_size(group)
         by_rank = x_BSD.unflatten(1, (ranks, -1)).transpose(0, 1).flatten(0, 1)
         out = x_BSD.new_empty(x_BSD.shape[0], x_BSD.shape[1] // ranks, x_BSD.shape[2])
-        dist.reduce_scatter_tensor(out, by_rank.contiguous(), group=group)
+        _reduce_scatter(out, by_rank.contiguous(), group=group)
         return out if bias_D is None else out.add_(bias_D)
 
     @staticmethod
