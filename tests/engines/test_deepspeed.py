@@ -304,7 +304,8 @@ def train(run: Run, steps: range, load: str | None = None, save: tuple[str, str]
         losses = [engine.train_step(micro_batches(run, step, engine.mesh), step, 1e-3).loss for step in steps]
         if save is not None:
             folder, kind = save
-            info = CheckpointInfo(steps.stop, 0, {"parallel": asdict(run.parallel), "engine": asdict(engine.config)})
+            sections = {"model": run.model, "router": run.router, "parallel": run.parallel, "engine": engine.config}
+            info = CheckpointInfo(steps.stop, 0, {name: asdict(section) for name, section in sections.items()})
             store.commit(Path(folder), info, lambda path: engine.save(path, kind))  # type: ignore[arg-type]
         valid = engine.evaluate(micro_batches(run, 9, engine.mesh))
         state = {name: full(tensor) for name, tensor in engine.state().items()}
