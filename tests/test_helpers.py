@@ -19,4 +19,5 @@ def test_a_case_leaves_no_threads_behind(gloo: GlooPool) -> None:
     for _ in range(4):
         gloo.run(2, run_steps, run)
         counts.append(max(gloo.run(2, threads)))
-    assert counts[-1] <= counts[0], counts
+    # A case that leaves its groups adds 36 in every round; a thread more or less at the moment of counting says nothing.
+    assert counts[-1] < counts[0] + 36, counts
