@@ -240,7 +240,7 @@ class Engine(ABC):
 
     def save(self, folder: Path, kind: Format) -> None:
         """Write a checkpoint's tensors into an existing folder; every rank calls it."""
-        assert kind == "native", "RunConfig.violations has a rule"
+        assert kind == "native", "training/rules.py has a rule"
         store.write_tensors(folder, self.state())
 
     def load(self, path: Path, step: int) -> None:

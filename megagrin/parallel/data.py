@@ -30,7 +30,7 @@ def shard_placement(shards: int) -> Callable[[nn.Parameter], Shard]:
         )
         free = [dim for dim in range(1, parameter.dim()) if dim not in cut and parameter.shape[dim] % shards == 0]
         if not free or (0 not in cut and parameter.dim() < 3):
-            assert shards == 1 or 0 not in cut, "RunConfig.violations has a rule for every parameter that tp, ep and etp cut"
+            assert shards == 1 or 0 not in cut, "training/rules.py has a rule for every parameter that tp, ep and etp cut"
             return Shard(0)
         return Shard(free[0])
 
