@@ -1,13 +1,15 @@
 """Draws of the router that differ between a layout and the same run in one process, and what makes them rarer.
 
 Random layouts of two and four ranks on gloo with ZeRO stages, accumulation and documents, a tiny model with six experts. Counted
-are draws, per million, that differ from one process's, over all steps; the layouts with any; and the
-largest difference of a loss.
+are draws, per million, that differ from one process's, over all steps; the layouts with any; and the largest difference of a
+loss. `expected` has no luck in it: flips per million draws that other random words would have shown on average, as far as the
+first flip (tests/flips.py).
 
     python benchmarks/flipped_draws.py [--layouts 16] [--steps 15] [--cases fp32:0.35:plain ...]
 
 A case is dtype:mask_eps:variant. Variants change where rounding enters: `logits64` multiplies the router's matrix in fp64 and
-rounds the logits to fp32; `draw64` keeps them fp64 through softmax and draw; `reduce64` sums gradients over ranks in fp64.
+rounds the logits to fp32; `draw64` keeps them fp64 through softmax and draw; `reduce64` sums gradients over ranks in fp64;
+`input32` gives the router the norm's output before it is rounded to bf16.
 """
 
 import argparse
@@ -35,6 +37,7 @@ from megagrin.parallel import data
 CASES = [
     *(f"{dtype}:{eps}:plain" for dtype in ("fp64", "fp32", "bf16") for eps in ("0.01", "0.35")),
     *(f"fp32:0.35:{variant}" for variant in ("logits64", "draw64", "reduce64")),
+    *(f"bf16:0.35:{variant}" for variant in ("logits64", "input32")),
 ]
 
 
@@ -50,9 +53,30 @@ def _draw_in_fp64(masked_TE: Tensor, word_T: Tensor) -> Tensor:
     return router.sample(torch.softmax(masked_TE.double(), -1), word_T)
 
 
+class _Unrounded:
+    """A norm that remembers its output before rounding, and a router that takes it where it is its own input."""
+
+    def __init__(self) -> None:
+        self.route, self.last = router.Router.forward, torch.empty(0)
+
+    def norm(self, layer: torch.nn.LayerNorm, x: Tensor) -> Tensor:
+        self.last = torch.nn.functional.layer_norm(
+            x.float(), layer.normalized_shape, layer.weight.float(), layer.bias.float(), layer.eps
+        )
+        return self.last.to(x.dtype)
+
+    def router(self, layer: router.Router, x_TD: Tensor, draws: router.Draws | None) -> Any:
+        assert torch.equal(self.last.to(x_TD.dtype).view_as(x_TD), x_TD), "another norm came between"
+        return self.route(layer, self.last.view_as(x_TD), draws)
+
+
 def timed(run: Any, variant: str) -> tuple[Drawn, float]:
     """The run with a variant at work, and its processor seconds on this rank."""
-    kept = router.Router.forward, router._draw, data.MixedPrecisionPolicy
+    kept = router.Router.forward, router._draw, data.MixedPrecisionPolicy, torch.nn.LayerNorm.forward
+    if variant == "input32":
+        unrounded = _Unrounded()
+        torch.nn.LayerNorm.forward = lambda layer, x: unrounded.norm(layer, x)  # type: ignore[method-assign,assignment]
+        router.Router.forward = lambda layer, x, draws: unrounded.router(layer, x, draws)  # type: ignore[method-assign,assignment]
     if variant in ("logits64", "draw64"):
         router.Router.forward = functools.partialmethod(_route, rounded=variant == "logits64")  # type: ignore[assignment]
     if variant == "draw64":
@@ -63,7 +87,7 @@ def timed(run: Any, variant: str) -> tuple[Drawn, float]:
     try:
         return drawn(run), time.process_time() - start
     finally:
-        router.Router.forward, router._draw, data.MixedPrecisionPolicy = kept  # type: ignore[method-assign,misc]
+        router.Router.forward, router._draw, data.MixedPrecisionPolicy, torch.nn.LayerNorm.forward = kept  # type: ignore[method-assign,misc]
 
 
 def main() -> None:
@@ -75,11 +99,9 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", default=CASES)
     options = parser.parse_args()
     pool = GlooPool()
-    print(
-        "| dtype | mask_eps | variant | draws | flipped | per million | layouts with any | loss | edge | s of one process |",
-        flush=True,
-    )
-    print("|---|---|---|---|---|---|---|---|---|---|")
+    titles = ("dtype", "mask_eps", "variant", "draws", "flipped", "layouts with any", "expected", "masks moved", "loss", "edge")
+    print("|", " | ".join(titles), "| s of one process |", flush=True)
+    print("|---|---|---|---|---|---|---|---|---|---|---|")
     for case in options.cases:
         dtype, eps, variant = case.split(":")
         layouts = random_layouts(options.layouts, 0, options.steps, float(eps), dtype, options.adam_eps)
@@ -88,7 +110,18 @@ def main() -> None:
         flips = [compare_draws([d for d, _ in pool.run(ranks, timed, run, variant)], alone) for ranks, run in layouts]
         draws, flipped = sum(flip.draws for flip in flips), sum(flip.flipped for flip in flips)
         layouts_with, loss, edge = sum(f.flipped > 0 for f in flips), max(f.loss for f in flips), max(f.edge for f in flips)
-        cells = [dtype, eps, variant, draws, flipped, f"{1e6 * flipped / draws:.1f}", f"{layouts_with} of {len(flips)}"]
+        compared, masked = sum(flip.compared for flip in flips), sum(flip.masked for flip in flips)
+        expected = 1e6 * sum(flip.expected for flip in flips) / max(compared, 1)
+        cells = [
+            dtype,
+            eps,
+            variant,
+            draws,
+            flipped,
+            f"{layouts_with} of {len(flips)}",
+            f"{expected:.3g}",
+            f"{masked} of {compared}",
+        ]
         print("|", " | ".join(map(str, [*cells, f"{loss:.1e}", f"{edge:.1e}", f"{seconds:.2f}"])), "|", flush=True)
     pool.close()
 

@@ -24,6 +24,7 @@ from megagrin.training import rules
 from megagrin.training.run_config import RunConfig, TrainConfig
 
 SHAPE = replace(MODEL, n_experts=6, n_kv_heads=4)
+MASK = 0.01  # a distribution that moves by more has another mask: an expert more or less has more than this
 ONE_STEP = 2.0**-30  # of the fixed point that a draw inverts
 
 
@@ -54,11 +55,13 @@ class Drawn:
         losses: of each step.
         experts: by step, layer and token, the experts in the order of the draws.
         edges: by step, layer and token, the distance of each draw to its nearest edge, as a share of the distribution.
+        cumulatives: by step, layer and token, the cumulative distribution that each draw inverts.
     """
 
     losses: list[float]
     experts: dict[tuple[int, int, int], list[int]]
     edges: dict[tuple[int, int, int], list[float]]
+    cumulatives: dict[tuple[int, int, int], list[list[float]]]
 
 
 def _edge_of_draw(p_TE: Tensor, word_T: Tensor) -> Tensor:
@@ -77,8 +80,9 @@ def _edge_of_mask(z_TE: Tensor, eps: float) -> Tensor:
 def drawn(run: Run) -> Drawn:
     """Train and note every draw of this rank."""
     engine = build_engine(run)
-    result = Drawn([], {}, {})
+    result = Drawn([], {}, {}, {})
     rounds: list[Tensor] = []
+    cumulatives: list[Tensor] = []
     rule, sample = router.dropped_by_code, router.sample
 
     def noted_rule(z_TE: Tensor, eps: float) -> Tensor:
@@ -87,14 +91,17 @@ def drawn(run: Run) -> Drawn:
 
     def noted_sample(p_TE: Tensor, word_T: Tensor) -> Tensor:
         rounds[-1] = torch.minimum(rounds[-1], _edge_of_draw(p_TE, word_T))
+        cumulatives.append(p_TE.double().cumsum(-1))
         return sample(p_TE, word_T)
 
     def note(module: Any, arguments: Any, output: Any) -> None:
-        draws, edges_TK = arguments[1], torch.stack(rounds, 1)
+        draws, edges_TK, cumulative_TKE = arguments[1], torch.stack(rounds, 1), torch.stack(cumulatives, 1)
         rounds.clear()
-        for token, experts, edges in zip(draws.token_T.tolist(), output[1].expert_TK.tolist(), edges_TK.tolist(), strict=True):
-            result.experts[draws.step, module.layer, token] = experts
-            result.edges[draws.step, module.layer, token] = edges
+        cumulatives.clear()
+        columns = (draws.token_T, output[1].expert_TK, edges_TK, cumulative_TKE)
+        for token, experts, edges, cumulative in zip(*(column.tolist() for column in columns), strict=True):
+            place = (draws.step, module.layer, token)
+            result.experts[place], result.edges[place], result.cumulatives[place] = experts, edges, cumulative
 
     for layer in moe_layers(engine.model):
         layer.router.register_forward_hook(note)
@@ -117,30 +124,45 @@ class Flips:
         flipped: of them, differing; draws behind a flip follow it, as the weights are others then.
         loss: largest relative difference of a step's loss.
         edge: the largest distance to an edge, in one process, of the draws that flipped first; 0 without flips.
+        expected: flips that other random words would have shown on average before the first one: the share of the points that
+            fall to another expert where the layout's steps of the distribution lie elsewhere. It has no luck in it, and tells
+            apart what a count of rare flips cannot.
+        compared: draws that `expected` is a sum over.
+        masked: of these draws, those with another set of experts to choose from, which `expected` leaves out.
     """
 
     draws: int
     flipped: int
     loss: float
     edge: float
+    expected: float
+    compared: int
+    masked: int
 
 
 def compare_draws(ranks: list[Drawn], alone: Drawn) -> Flips:
     """All ranks of a layout against one process; what one rank routed, no other may have routed otherwise."""
     experts: dict[tuple[int, int, int], list[int]] = {}
+    cumulatives: dict[tuple[int, int, int], list[list[float]]] = {}
     for rank in ranks:
         assert all(experts.get(place, drawn_) == drawn_ for place, drawn_ in rank.experts.items())
         experts |= rank.experts
+        cumulatives |= rank.cumulatives
     assert experts.keys() == alone.experts.keys(), "a token was not routed"
-    flipped = 0
+    flipped, compared, masked, expected = 0, 0, 0, 0.0
     first: dict[tuple[int, int], list[float]] = {}
     for place in sorted(alone.experts):
         pairs = list(zip(experts[place], alone.experts[place], strict=True))
         differing = [draw for draw, (ours, expected) in enumerate(pairs) if ours != expected]
         flipped += len(differing)
+        if not first:
+            for ours_E, theirs_E in zip(cumulatives[place], alone.cumulatives[place], strict=True):
+                moved = sum(abs(ours - theirs) for ours, theirs in zip(ours_E, theirs_E, strict=True))
+                compared, masked, expected = compared + 1, masked + (moved >= MASK), expected + (moved if moved < MASK else 0.0)
         if differing:
             first.setdefault((place[0], place[1]), []).append(alone.edges[place][differing[0]])
     # Only in the first layer of the first step with a flip has nothing but rounding come before it.
     edge = max(first[min(first)]) if first else 0.0
     loss = max(abs(ours / expected - 1) for ours, expected in zip(ranks[0].losses, alone.losses, strict=True))
-    return Flips(sum(len(drawn_) for drawn_ in alone.experts.values()), flipped, loss, edge)
+    draws = sum(len(drawn_) for drawn_ in alone.experts.values())
+    return Flips(draws, flipped, loss, edge, expected, compared, masked)

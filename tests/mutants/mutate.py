@@ -1,9 +1,11 @@
 """The mutants of a source file: mutmut's operators, applied to every expression and assignment that can have an effect.
 
-Left out: annotations, decorators, docstrings, the message of a `raise`, `assert` or log line, and strings with a blank (prose).
+Left out: annotations, decorators, docstrings, the message of a `raise`, `assert` or log line, strings with a blank (prose), and
+arguments whose change no test could see: a device, as all tests of one process run on the default one, and None for False.
 mutmut itself mutates functions only and keeps module tables, defaults of dataclasses and class bodies as they are.
 """
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -23,17 +25,35 @@ class Mutant:
         number: place in the order of the file.
         lines: first and last line of the statement that holds it.
         in_function: it is reached by a call, not by the import.
-        before: source of the changed node, spaces folded.
-        after: what stands in its place.
-        statement: source of the statement before, spaces folded; with `after` it names the mutant when lines move.
+        old: source of the changed node, spaces folded.
+        new: what stands in its place.
+        statement: source of the statement before, spaces folded; with `new` it names the mutant when lines move.
     """
 
     number: int
     lines: tuple[int, int]
     in_function: bool
-    before: str
-    after: str
+    old: str
+    new: str
     statement: str
+
+
+def _is_equal(node: cst.CSTNode, new: cst.CSTNode) -> bool:
+    """Only a device, or False to None, changes among a call's arguments."""
+    if not (isinstance(node, cst.Call) and isinstance(new, cst.Call)):
+        return False
+    pairs = itertools.zip_longest(node.args, new.args)
+    old, after = next((pair for pair in pairs if pair[0] is not pair[1] and not _same(*pair)), (None, None))
+    if old is None:
+        return False
+    if old.keyword is not None and old.keyword.value == "device":
+        return True
+    values = (old.value, None if after is None or len(node.args) != len(new.args) else after.value)
+    return [value.value for value in values if isinstance(value, cst.Name)] == ["False", "None"]
+
+
+def _same(old: cst.Arg | None, new: cst.Arg | None) -> bool:
+    return old is not None and new is not None and old.deep_equals(new)
 
 
 def _folded(code: str) -> str:
@@ -90,6 +110,8 @@ class _Collector(cst.CSTVisitor):
         self._depth -= 1
 
     def _add(self, node: cst.CSTNode, new: cst.CSTNode) -> None:
+        if _is_equal(node, new):
+            return
         own = self._lines(node) or (1, 1)
         lines, statement = self._statements[-1] if self._statements else (own, "")
         self.found.append((node, new, lines, self._depth > 0, statement))
