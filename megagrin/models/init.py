@@ -41,7 +41,7 @@ def fill_normal(parameter: Tensor, key: tuple[int, int], std: float) -> None:
         for dim in range(cut):
             start = (start + offset[dim] + place[dim]) * full[dim + 1]
         values = rng.normal_run((start + offset[cut]) * inner, run, key, shard.device)
-        shard[place] = values.mul_(std).view(shard.shape[cut:]).to(shard.dtype)
+        shard[place] = values.mul_(std).view(shard.shape[cut:])
 
 
 @torch.no_grad()

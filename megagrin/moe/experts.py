@@ -29,6 +29,4 @@ class Experts(torch.nn.Module):
     ) -> Tensor:
         """Weighted outputs of this rank's experts, (R, D); arguments as in `megagrin.kernels.moe_mlp.expert_mlp`."""
         gate_up, down = local_tensor(self.gate_up_proj), local_tensor(self.down_proj)
-        if gate_up.dtype != torch.float32 or x.dtype.itemsize != 2:  # fp32 beside 16-bit rows is cast, and kept, by the op
-            gate_up, down = gate_up.to(x.dtype), down.to(x.dtype)
         return expert_mlp(x, gate_up, down, weight_R, counts_L, backward_weight_R, plan)

@@ -242,7 +242,7 @@ class Router(torch.nn.Module):
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
         x_TD = x_TD.to(dtype)
         if draws is not None and self.config.kind == "gshard" and self.config.input_jitter > 0:
-            x_TD = x_TD * self._jitter(x_TD.shape[1], draws).to(dtype)
+            x_TD = x_TD * self._jitter(x_TD.shape[1], draws)
         with torch.autocast(x_TD.device.type, enabled=False):
             z_TE = torch.nn.functional.linear(x_TD, self.weight.to(dtype))
         if self.config.forced_balance:

@@ -82,7 +82,7 @@ class SdpaCore(nn.Module):
         device = reach.key_P.device
         b = torch.arange(1 if reach.query_document_BS is None else reach.query_document_BS.shape[0], device=device)
         q, k = torch.arange(reach.query_S.numel(), device=device), torch.arange(reach.key_P.numel(), device=device)
-        return reach.sees(b.view(-1, 1, 1, 1), q.view(-1, 1), k).view(b.numel(), 1, q.numel(), k.numel())
+        return reach.sees(b.view(-1, 1, 1), q.view(-1, 1), k).view(b.numel(), 1, q.numel(), k.numel())
 
     def forward(self, q_BHSC: Tensor, k_BGPC: Tensor, v_BGPC: Tensor, mask: Tensor | None) -> Tensor:
         """See `AttentionCore`."""
