@@ -24,6 +24,12 @@ TINY = ModelConfig(
 )
 
 
+def test_a_model_without_settings_routes_to_two_of_sixteen() -> None:
+    """As the paper's title says, in small."""
+    config = ModelConfig()
+    assert (config.n_experts, config.top_k, config.norm_eps, config.init_std) == (16, 2, 1e-5, 0.02)
+
+
 def test_the_large_preset_has_phimoes_dimensions() -> None:
     """GRIN-MoE and Phi-3.5-MoE share them (arXiv 2409.12136, Table 1); transformers has them as its own defaults."""
     phimoe = pytest.importorskip("transformers").PhimoeConfig()

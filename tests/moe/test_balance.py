@@ -3,11 +3,15 @@
 Shape suffixes: T tokens, E experts, D model width, L layers.
 """
 
+from typing import Any
+
 import pytest
 import torch
+import torch.distributed as dist
+from helpers import GlooPool
 from torch import Tensor
 
-from megagrin.moe.balance import BalanceConfig, attach, balance_loss, load_fraction, z_term
+from megagrin.moe.balance import BalanceConfig, GlobalCounts, attach, balance_loss, load_fraction, z_term
 from megagrin.moe.layer import MoELayer, RouterStats, TrainRouting
 from megagrin.moe.router import Draws, RouterConfig
 
@@ -38,6 +42,7 @@ def test_loss_of_hand_made_loads() -> None:
 
 
 def test_no_rows_count_as_balanced() -> None:
+    assert load_fraction(torch.zeros(3, dtype=torch.int64), torch.float64).tolist() == [1 / 3] * 3
     assert load_fraction(torch.zeros(4, dtype=torch.int64)).tolist() == [0.25] * 4
 
 
@@ -153,6 +158,33 @@ def test_local_scope_uses_the_load_of_its_micro_batch(scope: str, micro_batches:
     ignored = torch.zeros(1, E)
     got, _ = balance_gradients(scope, micro_batches, ignored)
     torch.testing.assert_close(got, written_out(scope, micro_batches), rtol=1e-11, atol=1e-13)
+
+
+def _loads_of_two_groups() -> tuple[list[float], list[float], list[int], Any]:
+    """Ranks 0 and 1 share one load, rank 2 has one alone; asked twice. And the router's gradient under scope global."""
+    rank = dist.get_rank()
+    groups = [dist.new_group([0, 1]), dist.new_group([2])]
+    group = groups[rank // 2]
+    mine_E = torch.tensor([[6, 0, 0], [0, 3, 1], [0, 0, 5]])[rank]
+    counts = GlobalCounts(mine_E, group)
+    loads = counts.fraction(torch.float64).tolist(), counts.fraction(torch.float64).tolist()
+    layer = moe_layer(BalanceConfig(scope="global", coef=0.7, z_coef=0.01))
+    x_TD = torch.randn(48, 1, D, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    cut = slice(0, 20) if rank == 0 else slice(20, 48)
+    y_TD, _ = layer(x_TD[cut], TrainRouting(Draws(1, 0, torch.arange(48)[cut]), 48, torch.zeros(1, E), group))
+    y_TD.backward(torch.zeros_like(y_TD))
+    return *loads, mine_E.tolist(), layer.router.weight.grad
+
+
+def test_global_scope_sums_the_loads_of_its_group(gloo: GlooPool) -> None:
+    """f over two unequal ranks is that of all their rows, another group's stay out, and a rank's own counts are not touched."""
+    ranks = gloo.run(3, _loads_of_two_groups)
+    for first, again, mine, _ in ranks[:2]:
+        assert first == again == [0.6, 0.3, 0.1]
+        assert sum(mine) in (6, 4)
+    assert ranks[2][:2] == ([0, 0, 1], [0, 0, 1])
+    summed = ranks[0][3] + ranks[1][3]
+    torch.testing.assert_close(summed, written_out("global", 1), rtol=1e-11, atol=1e-13)
 
 
 def test_counts_are_the_sampled_experts() -> None:

@@ -70,6 +70,8 @@ GROUPS = {  # a source belongs to the first that has it
     ),
 }
 
+TESTS_OF_ALL = tuple(dict.fromkeys(test for group in GROUPS.values() for test in group.tests))
+
 
 def group_of(path: str) -> str:
     """The first group that has the source; KeyError for a room that none has."""
@@ -110,7 +112,7 @@ def _of_import(path: str, make: Any, order: list[list[str]], folder: Path) -> in
 
 def judge(group: str, chosen: Chosen, limits: Limits) -> tuple[dict[str, Any], dict[str, dict[int, Any]]]:
     """What the tests of a group say of themselves, and by file and number what became of the mutants."""
-    tests = [f"tests/{test}" for test in GROUPS[group].tests if Path("tests", test).exists()]
+    tests = [f"tests/{test}" for test in TESTS_OF_ALL if test in GROUPS[group].tests or limits.wide]
     with tempfile.TemporaryDirectory() as name:
         folder, results = Path(name), Path(name) / "results.json"
         in_fork(lambda: int(_pytest(tests, [Session(ROOT, chosen, results, limits)], folder)), 24 * 3600)
@@ -121,7 +123,7 @@ def judge(group: str, chosen: Chosen, limits: Limits) -> tuple[dict[str, Any], d
             outcomes[path] = {int(number): outcome for number, outcome in line["outcome"].items()}
             limit = limits.margin + 60 + 5 * line["seconds"]
             for mutant, make in chosen[path]:
-                if not mutant.in_function:
+                if mutant.number not in outcomes[path]:
                     action = functools.partial(_of_import, path, make, order, folder)
                     outcomes[path][mutant.number] = verdict(order, in_fork(action, limit) if any(order) else SURVIVED)
     return about, outcomes
@@ -186,9 +188,10 @@ def main() -> int:
     parser.add_argument("--budget", type=float, default=60.0, help="seconds of tests for one mutant, quickest first")
     parser.add_argument("--margin", type=float, default=20.0, help="seconds a mutant may take beyond 5 times its tests")
     parser.add_argument("--cases", type=int, default=4, help="cases of each test function that starts ranks")
+    parser.add_argument("--wide", action="store_true", help="let the tests of all groups judge, not only those of a file's own")
     parser.add_argument("--output", type=Path, help="a line of JSON for every file")
     options = parser.parse_args()
-    limits = Limits(options.longest, options.budget, options.margin, options.cases, tuple(options.new))
+    limits = Limits(options.longest, options.budget, options.margin, options.cases, options.wide, tuple(options.new))
     os.chdir(ROOT)
     sys.dont_write_bytecode = True
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -198,8 +201,10 @@ def main() -> int:
     _calm_hypothesis()
     earlier = _alive(options.again) if options.again else {}
     files, open_ = options.files or list(earlier) or sources(), 0
-    for group in GROUPS:
-        mine = [path for path in files if group_of(path) == group and options.group in (None, group)]
+    groups = {name: [path for path in files if group_of(path) == name and options.group in (None, name)] for name in GROUPS}
+    if options.wide:
+        groups = {next(iter(GROUPS)): [path for paths in groups.values() for path in paths]}
+    for group, mine in groups.items():
         if not mine:
             continue
         start = time.monotonic()

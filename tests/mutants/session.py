@@ -31,6 +31,7 @@ class Limits:
         budget: seconds of tests for one mutant, the quickest first; what is beyond it is not run.
         margin: seconds a mutant may take beyond five times its tests.
         cases: of each test function that starts ranks, so many cases.
+        wide: the tests of every group judge.
         new: patterns of test files that run after all others: what they kill is counted apart.
     """
 
@@ -38,6 +39,7 @@ class Limits:
     budget: float
     margin: float
     cases: int
+    wide: bool
     new: tuple[str, ...]
 
 
@@ -61,7 +63,7 @@ def _has_ranks(item: pytest.Item) -> bool:
 
 
 class Session:
-    """Collects, notes what is reached, judges; the outcome of each mutant goes to `results` as JSON."""
+    """Collects, notes what is reached, judges; the outcome of the mutants of functions goes to `results` as JSON."""
 
     def __init__(self, root: Path, chosen: Chosen, results: Path, limits: Limits) -> None:
         self.root, self.chosen, self.results, self.limits = root, chosen, results, limits
@@ -107,7 +109,10 @@ class Session:
             out.write(json.dumps(about) + "\n")
             for path, pairs in self.chosen.items():
                 order = self._order({name for name, lines in self.reached.items() if path in lines})
-                outcome = {mutant.number: self._judge(path, mutant, make) for mutant, make in pairs if mutant.in_function}
+                judged = [pair for pair in pairs if pair[0].in_function and any(order)]
+                if not any(order):  # only the import runs it
+                    order = self._order(set(self.reached))
+                outcome = {mutant.number: self._judge(path, mutant, make) for mutant, make in judged}
                 out.write(json.dumps({"file": path, "outcome": outcome, "order": order, "seconds": self._cost(order)}) + "\n")
                 out.flush()
         return True
