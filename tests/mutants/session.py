@@ -5,6 +5,7 @@ import json
 import os
 import random
 import sys
+import threading
 import time
 import types
 from collections import defaultdict
@@ -142,11 +143,13 @@ class Session:
                 lines.clear()
             start = time.perf_counter()
             after = everything[place + 1] if place + 1 < len(everything) else self.nobody
+            threading.settrace(tracer)  # a loader reads ahead in a thread of its own
             sys.settrace(tracer)
             try:
                 reports = runtestprotocol(item, log=False, nextitem=after)
             finally:
                 sys.settrace(None)
+                threading.settrace(None)  # type: ignore[arg-type]
             took = time.perf_counter() - start
             if any(report.failed for report in reports):
                 broken.append(item.nodeid)
