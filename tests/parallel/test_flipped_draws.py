@@ -19,6 +19,8 @@ def test_only_near_ties_flip(gloo: GlooPool, dtype: str) -> None:
     for ranks, run in layouts:
         flips = compare_draws(gloo.run(ranks, drawn, run), alone)
         assert flips.draws == STEPS * 128 * 2 * 2
+        # What rounding moves without flipping: 1e-7 of the draws in fp32 when it was written, 3e-5 with a router in bf16.
+        assert flips.expected <= flips.compared * (2e-6 if dtype == "fp32" else 1e-14)
         if dtype == "fp64":
             assert flips.flipped == 0
             assert flips.loss < 1e-12
