@@ -1,9 +1,12 @@
-"""How the `megagrin` process ends."""
+"""What the `megagrin` command says, and how its process ends."""
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
+
+from megagrin import cli
 
 # `last` is dropped when the interpreter clears its modules: its message says that Python was finalized.
 PROGRAM = """
@@ -47,3 +50,44 @@ def test_lost_output_is_an_error() -> None:
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=120)
     assert done.stderr == "megagrin: error: standard output: [Errno 28] No space left on device\n"
     assert done.returncode == 2
+
+
+def test_help_lists_every_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for argv in (["-h"], ["--help"], ["help"]):
+        assert cli.main(argv) == 0
+        assert capsys.readouterr().out == cli.usage() + "\n"
+    assert cli.main([]) == 2
+    out = capsys.readouterr().out
+    assert out.startswith("usage: megagrin <command> [options]\n")
+    assert all(f"\n  {name} " in out for name in cli.COMMANDS)
+    monkeypatch.setattr(sys, "argv", ["megagrin", "nothing"])
+    assert cli.main() == 2
+    assert capsys.readouterr().err.startswith("megagrin: error: nothing: no such command\n")
+
+
+def test_a_rank_is_named_only_among_several(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error that carries its rank: said with it in a job, without it in a process alone; others are said by rank 0."""
+
+    notes: list[str] = []
+
+    def fails(_: list[str]) -> int:
+        error = ValueError("x.y: 3 must be even")
+        for note in notes:
+            error.add_note(note)
+        raise error
+
+    monkeypatch.setattr(cli, "COMMANDS", {"fail": ("somewhere", "fails", "")})
+    monkeypatch.setattr(cli.importlib, "import_module", lambda name: SimpleNamespace(fails=fails))
+    for environment, noted, expected in (
+        ({}, True, "megagrin: error: x.y: 3 must be even\n"),
+        ({"WORLD_SIZE": "4", "RANK": "3"}, True, "megagrin: error: rank 3: x.y: 3 must be even\n"),
+        ({"WORLD_SIZE": "4", "RANK": "3"}, False, ""),
+        ({"WORLD_SIZE": "4", "RANK": "0"}, False, "megagrin: error: x.y: 3 must be even\n"),
+    ):
+        notes[:] = ["rank 3"] if noted else []
+        for name in ("WORLD_SIZE", "RANK"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        assert cli.main(["fail"]) == 2
+        assert capsys.readouterr() == ("", expected)

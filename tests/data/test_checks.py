@@ -71,6 +71,8 @@ def test_every_violation_is_named(good: str, tmp_path: Path) -> None:
     single = write(tmp_path / "single", [1] * 50)
     late = write(tmp_path / "late", [1] * 50 + [9])
     bare = without_sidecar(write(tmp_path / "bare", [60]))
+    negative = without_sidecar(write(tmp_path / "negative", [60], vocab_size=70_000))  # int32
+    np.memmap(f"{negative}.bin", IndexedDataset(negative).tokens_T.dtype, mode="r+")[3] = -7
     cases: list[tuple[dict[str, Any], list[str]]] = [
         ({"train": "nope", "valid": "none"}, ["data.train: nope.idx: no such file", "data.valid: none.idx: no such file"]),
         ({"train": empty}, [f"data.train: {empty}: no token in 2 documents"]),
@@ -78,6 +80,9 @@ def test_every_violation_is_named(good: str, tmp_path: Path) -> None:
         ({"train": good, "valid": good, "seq_len": 71}, ["data.train: ", "data.valid: "]),
         ({"valid": good, "eval_samples": 9}, ["train.eval_samples: 9 exceeds the 8 samples of train.seq_len=8 tokens in da"]),
         ({"train": good, "vocab_size": 99}, [f"data.train: {good}: its tokenizer has vocab_size=100, the model only model.voc"]),
+        ({"valid": good, "seq_len": 1, "eval_samples": 71}, ["train.eval_samples: 71 exceeds the 70 samples of train.seq_len=1"]),
+        ({"valid": good, "seq_len": 0, "eval_samples": 71}, []),  # another rule's: nothing is divided by it here
+        ({"train": negative}, [f"data.train: {negative}.bin: token id -7 lies outside the model's vocabulary"]),
         ({"train": bare, "vocab_size": 50}, [f"data.train: {bare}.bin: token id 59 lies outside the model's vocabulary"]),
         ({"train": single, "valid": late, "document_attention": True}, [
             f"data.train: {single}: with data.document_attention none of its first 50 tokens has a label",

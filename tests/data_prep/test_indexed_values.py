@@ -110,3 +110,20 @@ def test_merging_nothing_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="prefixes: no token files given"):
         merge([], tmp_path / "a")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_reader_cannot_write(tmp_path: Path) -> None:
+    """The tokens of months of work are mapped by every rank."""
+    dataset = IndexedDataset(write(tmp_path / "a", DOCUMENTS))
+    with pytest.raises(ValueError, match="read-only"):
+        dataset.tokens_T[0] = 1
+
+
+def test_an_error_inside_the_writer_is_not_swallowed(tmp_path: Path) -> None:
+    def write_and_fail() -> None:
+        with IndexedDatasetWriter(tmp_path / "a", Provenance(100)) as writer:
+            writer.add([1, 2])
+            raise KeyError
+
+    pytest.raises(KeyError, write_and_fail)
+    assert list(tmp_path.iterdir()) == []
