@@ -125,5 +125,6 @@ def test_an_error_inside_the_writer_is_not_swallowed(tmp_path: Path) -> None:
             writer.add([1, 2])
             raise KeyError
 
-    pytest.raises(KeyError, write_and_fail)
+    with pytest.raises(KeyError):
+        write_and_fail()
     assert list(tmp_path.iterdir()) == []

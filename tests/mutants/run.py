@@ -121,7 +121,7 @@ def judge(group: str, chosen: Chosen, limits: Limits) -> tuple[dict[str, Any], d
         for line in lines:
             path, order = line["file"], line["order"]
             outcomes[path] = {int(number): outcome for number, outcome in line["outcome"].items()}
-            limit = limits.margin + 60 + 5 * line["seconds"]
+            limit = limits.margin + 60 + 3 * line["seconds"]
             for mutant, make in chosen[path]:
                 if mutant.number not in outcomes[path]:
                     action = functools.partial(_of_import, path, make, order, folder)
@@ -139,18 +139,27 @@ def accepted() -> dict[str, dict[tuple[str, str], str]]:
     return reasons
 
 
-def _alive(output: Path) -> dict[str, set[int]]:
+def _key(entry: dict[str, Any] | Mutant) -> tuple[str, str, str]:
+    """What names a mutant when lines move."""
+    about = entry if isinstance(entry, dict) else vars(entry)
+    return about["statement"], about["old"], about["new"]
+
+
+def _alive(output: Path) -> dict[str, set[tuple[str, str, str]]]:
     results = [json.loads(line) for line in output.read_text().splitlines()]
     return {
-        result["file"]: {entry["number"] for entry in result["tried"] if entry["after"] in ("survived", "unreached")}
+        result["file"]: {_key(entry) for entry in result["tried"] if entry["after"] in ("survived", "unreached")}
         for result in results
     }
 
 
-def _choose(path: str, sample: int, seed: int, again: set[int] | None) -> tuple[int, list[tuple[Mutant, Any]]]:
+def _choose(path: str, sample: int, seed: int, again: set[tuple[str, str, str]] | None) -> tuple[int, list[Any]]:
     every = list(mutants((ROOT / path).read_text()))
     if again is not None:
-        return len(every), [pair for pair in every if pair[0].number in again]
+        found = [pair for pair in every if _key(pair[0]) in again]
+        if gone := len(again) - len({_key(mutant) for mutant, _ in found}):
+            print(f"{path}: {gone} of those not killed before are no longer in the source", flush=True)
+        return len(every), found
     if 0 < sample < len(every):
         return len(every), random.Random(f"{seed}/{path}").sample(every, sample)
     return len(every), every
@@ -183,10 +192,10 @@ def main() -> int:
     parser.add_argument("--sample", type=int, default=0, help="mutants per file, drawn at random; 0 tries every one")
     parser.add_argument("--seed", type=int, default=0, help="of the sample")
     parser.add_argument("--new", action="append", default=[], help="pattern of test files that run last: what do they add?")
-    parser.add_argument("--again", type=Path, help="--output of an earlier run on the same sources: those not killed once more")
+    parser.add_argument("--again", type=Path, help="--output of an earlier run: those not killed then, once more")
     parser.add_argument("--longest", type=float, default=20.0, help="seconds of a test; longer ones are left out")
     parser.add_argument("--budget", type=float, default=60.0, help="seconds of tests for one mutant, quickest first")
-    parser.add_argument("--margin", type=float, default=20.0, help="seconds a mutant may take beyond 5 times its tests")
+    parser.add_argument("--margin", type=float, default=20.0, help="seconds a mutant may take beyond 3 times its tests")
     parser.add_argument("--cases", type=int, default=4, help="cases of each test function that starts ranks")
     parser.add_argument("--wide", action="store_true", help="let the tests of all groups judge, not only those of a file's own")
     parser.add_argument("--output", type=Path, help="a line of JSON for every file")

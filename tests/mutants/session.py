@@ -30,7 +30,7 @@ class Limits:
     Attributes:
         longest: seconds of a test; longer ones are left out.
         budget: seconds of tests for one mutant, the quickest first; what is beyond it is not run.
-        margin: seconds a mutant may take beyond five times its tests.
+        margin: seconds a mutant may take beyond three times its tests.
         cases: of each test function that starts ranks, so many cases.
         wide: the tests of every group judge.
         new: patterns of test files that run after all others: what they kill is counted apart.
@@ -190,7 +190,7 @@ class Session:
                         return status
             return SURVIVED
 
-        return verdict(order, in_fork(passes, self.limits.margin + 5 * self._cost(order)))
+        return verdict(order, in_fork(passes, self.limits.margin + 3 * self._cost(order)))
 
 
 def verdict(order: list[list[str]], status: int | None) -> dict[str, Any]:
