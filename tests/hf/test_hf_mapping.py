@@ -59,6 +59,7 @@ _GOOD = to_hf_config(BASE, ROUTER, bos_id=1, eos_id=2, dtype="float32")
         ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, "rope_type: 'longrope'"),
         ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2}}, "rope_type: 'linear'"),
         ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor: 0.5"),
+        ({"rope_parameters": None, "partial_rotary_factor": 0.5}, "partial_rotary_factor: 0.5"),
         ({"rope_parameters": None, "rope_theta": -1}, "rope_theta: -1"),
         ({"rope_parameters": [1]}, "rope_parameters: [1] has a wrong type"),
         ({"hidden_size": 61}, "hidden_size: 61 must be a multiple of num_attention_heads"),

@@ -181,9 +181,15 @@ def test_several_wrong_keys_and_values_at_once(tmp_path: Path) -> None:
     """Unknown keys and wrong types of all sources; a value that a later source corrects is none."""
     recipe = tmp_path / "r.yaml"
     recipe.write_text("train: {steps: x, seed: y, stps: 3}\n")
-    with pytest.raises(ValueError, match="4 settings do not fit") as error:
-        parse("--config", str(recipe), "--train.seed=1", "--optim.lr=fast", "--optim.lt=1")
-    for part in ("train.stps: no such key", "train.steps: 'x'", "optim.lr: 'fast' must be a number", "optim.lt: no such key"):
+    with pytest.raises(ValueError, match="5 settings do not fit") as error:
+        parse("--config", str(recipe), "--train.seed=1", "--optim.lr=fast", "--dat.train=a", "--optim.lt=1")
+    for part in (
+        "dat.train: no such key",
+        "train.stps: no such key",
+        "train.steps: 'x'",
+        "optim.lr: 'fast' must be a number",
+        "optim.lt: no such key",
+    ):
         assert part in str(error.value)
 
 

@@ -6,6 +6,7 @@ Shape suffixes: T tokens, E experts.
 """
 
 import hashlib
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -116,6 +117,10 @@ def test_consumed_samples_and_rates_of_a_run(tmp_path: Path, tokens: str) -> Non
     assert [row["lr"] for row in rows] == pytest.approx([0.002, 0.004, 0.0], abs=1e-15)
     assert store.read_info(store.checkpoints(run)[-1]).consumed_samples == 12
     for row in rows:
+        for shares, largest, entropy in zip(row["load"], row["load_max"], row["load_entropy"], strict=True):
+            assert sum(shares) == pytest.approx(1)
+            assert largest == max(shares)
+            assert entropy == pytest.approx(-sum(share * math.log(share) for share in shares if share) / math.log(len(shares)))
         # The peak that MFU is relative to is the same in all rows.
         assert row["mfu"] / row["tokens_per_second"] == pytest.approx(rows[0]["mfu"] / rows[0]["tokens_per_second"], rel=1e-9)
 
