@@ -1,5 +1,6 @@
 """What the `megagrin` command says, and how its process ends."""
 
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -63,6 +64,21 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str], monkeypatc
     monkeypatch.setattr(sys, "argv", ["megagrin", "nothing"])
     assert cli.main() == 2
     assert capsys.readouterr().err.startswith("megagrin: error: nothing: no such command\n")
+
+
+@pytest.mark.parametrize("command", ["generate", "export-hf", "import-hf", "plot"])
+def test_help_describes_every_option(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Under the command's own name; the data commands' are in tests/data_prep/test_data_commands.py."""
+    with pytest.raises(SystemExit) as ended:
+        cli.main([command, "--help"])
+    assert ended.value.code == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f"usage: megagrin {command} ")
+    _, *options = re.split(r"\n  --", out)
+    assert options
+    for option in options:
+        words = re.sub(r"\(type.*|\(required.*|\(default.*", "", option, flags=re.DOTALL).split(maxsplit=2)[2:]
+        assert len(" ".join(words).split()) >= 2, option
 
 
 def test_a_rank_is_named_only_among_several(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """Generation: the cache changes nothing, draws follow (seed, position) and the nucleus, bad requests are refused."""
 
+import hashlib
 import json
 import math
 import sys
@@ -13,11 +14,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megagrin import rng
 from megagrin.checkpoint import store
 from megagrin.cli import run_command
 from megagrin.data_prep.tokenizer import Tokenizer
 from megagrin.hf.folder import ExportOptions, export_model
-from megagrin.inference.generate import Sampling, choose, generate, nucleus, text_parts, uniform
+from megagrin.inference.generate import Sampling, choose, generate, nucleus, request_violations, text_parts, uniform
 from megagrin.models.init import init_parameters
 from megagrin.models.transformer import ModelConfig, Transformer
 from megagrin.moe.router import RouterConfig
@@ -103,6 +105,15 @@ class TestDraws:
         assert numbers.max() < 1
         assert abs(numbers.mean() - 0.5) < 4 * math.sqrt(1 / 12 / 903)
 
+    @pytest.mark.parametrize("position", [0, 7, 2**32 + 7])
+    def test_a_number_is_53_bits_of_its_own_block(self, position: int) -> None:
+        """Philox (its vectors: tests/test_rng.py) of the position alone, under a key from the seed and this command's name."""
+        digest = hashlib.sha256(b"5/generate").digest()
+        key = int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:8], "little")
+        low, high = position % 2**32, position // 2**32
+        words = rng.philox((torch.tensor(low), torch.tensor(high), torch.tensor(0), torch.tensor(0)), key)
+        assert uniform(5, position) == (int(words[0]) * 2**21 + int(words[1]) // 2**11) / 2**53
+
     def test_largest_number_draws_the_last_token(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("megagrin.inference.generate.uniform", lambda seed, position: 1 - 2.0**-53)
         for scale in torch.linspace(0.1, 30.0, 200):
@@ -185,6 +196,15 @@ class TestEnd:
 def test_bad_requests(model: Transformer, tokens: list[int], change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         next(generate(model, tokens, replace(Sampling(), **change)))
+
+
+def test_every_id_of_the_model_is_a_prompt(model: Transformer) -> None:
+    vocab_size = model.config.vocab_size
+    assert request_violations(model.config, [0, vocab_size - 1], Sampling()) == []
+    for token in (-1, vocab_size):
+        assert request_violations(model.config, [0, token], Sampling()) == [
+            f"--prompt: token id {token} must lie in [0, {vocab_size})"
+        ]
 
 
 def test_broken_weights_are_named() -> None:

@@ -157,6 +157,7 @@ def test_load_interval_thins_the_matrix_only(tmp_path: Path) -> None:
 
 
 def test_config_names_every_violation() -> None:
+    assert MetricsConfig(log_interval=1, load_interval=1, peak_tflops=0.5).violations() == []
     broken = "; ".join(MetricsConfig(log_interval=0, load_interval=-1, peak_tflops=0.0).violations())
     assert re.search(r"log_interval: 0 .*load_interval: -1 .*peak_tflops: 0", broken)
     assert not MetricsConfig().violations()

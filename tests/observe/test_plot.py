@@ -74,6 +74,18 @@ def test_heat_map_averages_the_last_rows_only() -> None:
     assert (heat_map.norm.vmin, heat_map.norm.vmax) == (0.0, 1.0)
 
 
+def test_lines_of_the_largest_load_and_of_balance() -> None:
+    """A line for each layer through its own values, in a colour of its own, and one at 1/E."""
+    rows = [{"step": step, "load": [[0.5, 0.5], [0.7, 0.3]], "load_max": [0.5, 0.6 + step / 10]} for step in (1, 2, 3)]
+    lines = plot_expert_load(rows, "run", last=2).axes[1].get_lines()
+    first, second, balance = lines
+    assert first.get_xdata().tolist() == second.get_xdata().tolist() == [1, 2, 3]
+    assert first.get_ydata().tolist() == [0.5] * 3
+    assert second.get_ydata().tolist() == pytest.approx([0.7, 0.8, 0.9])
+    assert first.get_color() != second.get_color()
+    assert list(balance.get_ydata()) == [0.5, 0.5]
+
+
 def test_dense_run_has_a_loss_picture_only(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", moe=False)
     assert main(["--run", str(run)]) == 0
