@@ -70,8 +70,16 @@ GROUPS = {  # a source belongs to the first that has it
     ),
 }
 
-# All that can run in one process, whose Triton compiles; what needs commands, an interpreter or a GPU is elsewhere.
-WIDE = ["tests", "--ignore=tests/launch", "--ignore=tests/kernels_interpret", "--ignore=tests/gpu"]
+# All that one process can run; what needs commands, an interpreter or a GPU, or compiles C++ for minutes, is left out.
+LEFT_OUT = (
+    "launch/*",
+    "kernels_interpret/*",
+    "gpu/*",
+    "engines/test_deepspeed*.py",
+    "parallel/test_compile.py",
+    "*/test_tuning.py",
+)
+WIDE = ["tests", *(f"--ignore-glob={ROOT}/tests/{pattern}" for pattern in LEFT_OUT)]
 
 
 def group_of(path: str) -> str:
