@@ -72,6 +72,19 @@ def test_sizes_have_a_sensible_unit(settings: list[str], sizes: str) -> None:
     assert sizes in describe(parse(*settings), 1)
 
 
+def test_a_run_in_a_few_lines() -> None:
+    """pp 2 and tp 2 of 16 ranks leave dp 4; 64 sequences are 4 micro-batches of 4 a rank; 1F1B on 2 stages waits a quarter."""
+    sizes = ["--train.steps=1000", "--train.seq_len=128", "--train.global_batch_size=64", "--train.micro_batch_size=4"]
+    layout = ["--parallel.pp=2", "--parallel.tp=2", "--parallel.ep=4"]
+    assert describe(parse(*sizes, *layout), 16).splitlines() == [
+        "model    grin_tiny: 12.35M parameters, 4.091M active per token",
+        "layout   16 ranks: pp 2 × dp 4 × tp 2; experts edp 2 × ep 4",
+        "batch    8,192 tokens: 64 sequences of 128, 4 micro-batches a rank",
+        "length   1,000 steps, 8,192,000 tokens",
+        "pipeline 1f1b: embed, 0-2 | 3, head; waiting 25% of the working time",
+    ]
+
+
 @pytest.mark.parametrize("preset", sorted(PRESETS))
 def test_presets(preset: str) -> None:
     """A preset alone gives exactly its values."""
