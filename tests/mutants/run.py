@@ -70,8 +70,8 @@ GROUPS = {  # a source belongs to the first that has it
     ),
 }
 
-# All that one process can run. Left out: what needs commands, an interpreter or a GPU, kernels (some of their tests start threads:
-# a fork then hangs), and what compiles C++ for minutes.
+# All that one process can run. Left out: what needs commands, an interpreter or a GPU, kernels (some tests start threads,
+# after which a fork hangs), and what compiles C++ for minutes.
 LEFT_OUT = ("launch", "kernels_interpret", "gpu", "kernels", "engines/test_deepspeed*.py", "parallel/test_compile.py")
 WIDE = ["tests", *(f"--ignore-glob={ROOT}/tests/{pattern}" for pattern in LEFT_OUT)]
 
