@@ -1,6 +1,8 @@
 """The exported tokenizer gives the ids and texts of the SentencePiece model, through AutoTokenizer."""
 
+import json
 import random
+import shutil
 import sys
 import sysconfig
 from pathlib import Path
@@ -14,7 +16,7 @@ from transformers import AutoTokenizer
 
 from megagrin.checkpoint.store import TokenSource
 from megagrin.data_prep.tokenizer import Tokenizer, TokenizerConfig, train_tokenizer
-from megagrin.hf.tokenizer import convert, write_tokenizer
+from megagrin.hf.tokenizer import convert, read_tokenizer, write_tokenizer
 from megagrin.inference.vocabulary import framed
 
 _HARD = [
@@ -157,3 +159,27 @@ def test_without_the_library(small_tokenizer: Tokenizer, monkeypatch: pytest.Mon
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(ImportError, match=r"megagrin\[hf\]"):
         convert(small_tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("content", "adds_bos"),
+    [
+        (None, False),
+        ({"tokenizer_class": "LlamaTokenizer"}, True),
+        ({"tokenizer_class": "LlamaTokenizerFast"}, True),
+        ({"tokenizer_class": "LlamaTokenizer", "add_bos_token": False}, False),
+        ({"tokenizer_class": "PreTrainedTokenizerFast"}, False),
+        ({"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": True}, True),
+    ],
+)
+def test_how_an_imported_tokenizer_frames_a_text(
+    tmp_path: Path, small_tokenizer: Tokenizer, content: dict[str, object] | None, adds_bos: bool
+) -> None:
+    """Llama's class adds bos unless told not to, others only when told; eos ends a text where it is a token of its own."""
+    shutil.copy(small_tokenizer.path, tmp_path / "tokenizer.model")
+    if content is not None:
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(content))
+    for eos_token_id, ends in ((None, False), (small_tokenizer.bos_id, False), (small_tokenizer.eos_id, True)):
+        path, source = read_tokenizer(tmp_path, eos_token_id, small_tokenizer.vocab_size)
+        assert path == str(tmp_path / "tokenizer.model")
+        assert source == TokenSource(small_tokenizer.sha256, adds_bos, ends)
