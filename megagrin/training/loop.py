@@ -27,6 +27,7 @@ def main(argv: list[str]) -> int:
     config.check(preflight.violations(run))
     if options["dry_run"]:
         print(describe(run, world_size))
+        _warn(preflight.slowness(run))
         return 0
     with session(run.runtime) as runtime:
         train(run, runtime)
@@ -101,8 +102,13 @@ def _announce(run: RunConfig, runtime: Runtime, start: Start) -> None:
         print(f"resumed  after step {start.step}", flush=True)
     for change in start.changes:
         print(f"changed  {change}", flush=True)
-    if start.warning:
-        print(f"warning  {start.warning}", flush=True)
+    _warn(start.warning)
+    _warn(preflight.slowness(run))
+
+
+def _warn(text: str) -> None:
+    if text:
+        print(f"warning  {text}", flush=True)
 
 
 def _keep_config(run: RunConfig, run_dir: Path, step: int) -> None:

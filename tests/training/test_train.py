@@ -19,6 +19,7 @@ from megagrin.cli import main
 from megagrin.data_prep.indexed import IndexedDatasetWriter
 from megagrin.data_prep.sidecar import Provenance
 from megagrin.observe.metrics import read_metrics
+from megagrin.training import preflight
 
 VOCAB = 97
 TINY = [
@@ -213,6 +214,29 @@ def test_dry_run_describes(tmp_path: Path, tokens: str, capsys: pytest.CaptureFi
     assert "8 ranks: dp 8; experts edp 4 × ep 2" in capsys.readouterr().out
     assert main([*arguments, "--dry_run", "--world_size=5"]) == 2
     assert "parallel.ep: 2 must divide the number of ranks (5)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("dtype", "multiplies", "warned"),
+    [("bf16", False, True), ("bf16", True, False), ("fp32", False, False), ("fp32", True, False)],
+)
+def test_slow_products_are_said_beforehand(
+    tmp_path: Path, tokens: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+    dtype: str, multiplies: bool, warned: bool,
+) -> None:  # fmt: skip
+    """bf16 is the default, and on a CPU without instructions for it a step takes ten times as long; a dry run says so, too."""
+    monkeypatch.setattr(preflight, "multiplies_bf16", lambda: multiplies)
+    run = [
+        "train",
+        *TINY,
+        f"--data.train={tokens}",
+        f"--train.run_dir={tmp_path}/run",
+        f"--engine.dtype={dtype}",
+        "--train.steps=1",
+    ]
+    for more in (["--dry_run"], []):
+        assert main([*run, *more, "--runtime.device=cpu"]) == 0
+        assert ("warning  engine.dtype: bf16 is many times slower than fp32" in capsys.readouterr().out) == warned
 
 
 def test_not_finite_stops_before_the_update(tmp_path: Path, tokens: str, capsys: pytest.CaptureFixture[str]) -> None:
