@@ -4,6 +4,8 @@ import json
 import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -108,6 +110,12 @@ class TestFrame:
         assert (vocabulary.start_id, vocabulary.end_id) == (start, end)
         ids = small_tokenizer.encode("x\0é")
         assert vocabulary.prompt_ids("x\0é") == ([] if start is None else [start]) + ids
+
+    def test_pieces_that_a_model_lacks(self) -> None:
+        """SentencePiece says -1 of them: that is no id to start or end with."""
+        bare: Any = SimpleNamespace(bos_id=-1, eos_id=-1)
+        vocabulary = framed(bare, TokenSource(None, append_bos=True, append_eos=True))
+        assert (vocabulary.start_id, vocabulary.end_id) == (None, None)
 
     def test_generation_starts_from_bos(
         self, model: Transformer, small_tokenizer: Tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]

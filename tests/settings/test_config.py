@@ -309,6 +309,12 @@ def test_an_error_of_one_rank_is_said_by_that_rank(monkeypatch: pytest.MonkeyPat
     assert capsys.readouterr().err == "megagrin: error: rank 1: disk full\n"
 
 
+@pytest.mark.parametrize("null", ["null", "~"])
+def test_null_where_it_is_a_value(null: str) -> None:
+    """As YAML writes it."""
+    assert parse("--data.valid=a", f"--data.valid={null}").data.valid is None
+
+
 def test_null_for_a_number(tmp_path: Path) -> None:
     """Named by key, in a file as on the command line."""
     recipe = tmp_path / "r.yaml"
