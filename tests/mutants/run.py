@@ -119,6 +119,10 @@ def judge(group: str, chosen: Chosen, limits: Limits) -> tuple[dict[str, Any], d
     with tempfile.TemporaryDirectory() as name:
         folder, results = Path(name), Path(name) / "results.json"
         in_fork(lambda: int(_pytest(tests, [Session(ROOT, chosen, results, limits)], folder)), 24 * 3600)
+        if not results.exists():
+            sys.exit(
+                f"mutants: the tests of group {group} cannot be collected: python -m pytest --collect-only {' '.join(tests)}"
+            )
         about, *lines = [json.loads(line) for line in results.read_text().splitlines()]
         outcomes = {}
         for line in lines:
