@@ -7,13 +7,14 @@ keeps the file open, so that on one machine a lock that nobody has open is a dea
 import contextlib
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from torch.utils import cpp_extension
 from torch.utils.file_baton import FileBaton
 
-OPERATORS = ("cpu_adam", "async_io")
+OFFLOAD_OPERATORS = ("cpu_adam", "async_io")
+CPU_OPERATORS = ("deepspeed_shm_comm",)  # of DeepSpeed's collectives, in every run of it on a CPU
 _SAY_AFTER_SECONDS = 10.0
 
 
@@ -29,19 +30,23 @@ def is_held(lock: Path) -> bool:
     return False
 
 
-def stale_locks() -> list[str]:
-    """Locks of operators that nobody on this machine holds, each as a sentence that says what to do."""
+def dead_locks(operators: Sequence[str]) -> list[Path]:
+    """Lock files of operators that nobody on this machine holds."""
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root())
-    locks = [lock for name in OPERATORS for pattern in (f"{name}/lock", f"*/{name}/lock") for lock in root.glob(pattern)]
+    locks = [lock for name in operators for pattern in (f"{name}/lock", f"*/{name}/lock") for lock in root.glob(pattern)]
     # Looked at twice: a build that ends closes the file a moment before it removes it.
     suspects = [lock for lock in locks if not is_held(lock)]
     if suspects:
         time.sleep(0.5)
+    return [lock for lock in suspects if lock.exists() and not is_held(lock)]
+
+
+def stale_locks(operators: Sequence[str]) -> list[str]:
+    """What is to be done about each dead lock, as a sentence."""
     return [
         f"{lock} is the lock of a build that no process of this machine is at: a build that was killed leaves it; "
         "remove the file, or wait if another machine is building there"
-        for lock in suspects
-        if lock.exists() and not is_held(lock)
+        for lock in dead_locks(operators)
     ]
 
 

@@ -15,7 +15,7 @@ from megagrin.data_prep.indexed import IndexedDataset
 from megagrin.data_prep.tokenizer import Tokenizer
 from megagrin.distributed.runtime import device_type
 from megagrin.engines.base import DTYPES
-from megagrin.engines.builds import stale_locks
+from megagrin.engines.builds import CPU_OPERATORS, OFFLOAD_OPERATORS, stale_locks
 from megagrin.nn.attention import backend_problem
 from megagrin.observe.metrics import FILE_NAME, read_metrics
 from megagrin.optim.apex import apex_problem
@@ -118,11 +118,16 @@ def _devices(run: RunConfig) -> list[str]:
 
 
 def _operators(run: RunConfig) -> list[str]:
-    """DeepSpeed's operators for offload are compiled at their first use."""
-    if run.engine.kind != "deepspeed" or run.engine.offload_optimizer == "none":
-        return []
+    """DeepSpeed's operators are compiled at their first use: those for offload, and on a CPU one for its collectives."""
+    broken: list[str] = []
+    if run.engine.kind != "deepspeed":
+        return broken
+    if device_type(run.runtime.device) == "cpu":
+        broken += [f"engine.kind: deepspeed compiles an operator, and {problem}" for problem in stale_locks(CPU_OPERATORS)]
+    if run.engine.offload_optimizer == "none":
+        return broken
     setting = f"engine.offload_optimizer: {run.engine.offload_optimizer}"
-    broken = [f"{setting} compiles an operator, and {problem}" for problem in stale_locks()]
+    broken += [f"{setting} compiles an operator, and {problem}" for problem in stale_locks(OFFLOAD_OPERATORS)]
     compiler = os.environ.get("CXX", "c++")
     if shutil.which(compiler) is None:
         broken.append(f"{setting} compiles an operator, and there is no C++ compiler {compiler}; install one, or set CXX")
