@@ -1,7 +1,7 @@
 """Draws of the router that differ between a layout and the same run in one process, and what makes them rarer.
 
 Random layouts of two and four ranks on gloo with ZeRO stages, accumulation and documents, a tiny model with six experts. Counted
-are draws, per million, that differ from one process's, over all steps; the layouts with any; and the largest difference of a
+are draws that differ from one process's, over all steps; the layouts with any; and the largest difference of a
 loss. `expected` has no luck in it: flips per million draws that other random words would have shown on average, as far as the
 first flip (tests/flips.py).
 

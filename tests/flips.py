@@ -153,7 +153,7 @@ def compare_draws(ranks: list[Drawn], alone: Drawn) -> Flips:
     first: dict[tuple[int, int], list[float]] = {}
     for place in sorted(alone.experts):
         pairs = list(zip(experts[place], alone.experts[place], strict=True))
-        differing = [draw for draw, (ours, expected) in enumerate(pairs) if ours != expected]
+        differing = [draw for draw, (ours, theirs) in enumerate(pairs) if ours != theirs]
         flipped += len(differing)
         if not first:
             for ours_E, theirs_E in zip(cumulatives[place], alone.cumulatives[place], strict=True):
@@ -163,6 +163,6 @@ def compare_draws(ranks: list[Drawn], alone: Drawn) -> Flips:
             first.setdefault((place[0], place[1]), []).append(alone.edges[place][differing[0]])
     # Only in the first layer of the first step with a flip has nothing but rounding come before it.
     edge = max(first[min(first)]) if first else 0.0
-    loss = max(abs(ours / expected - 1) for ours, expected in zip(ranks[0].losses, alone.losses, strict=True))
+    loss = max(abs(ours / theirs - 1) for ours, theirs in zip(ranks[0].losses, alone.losses, strict=True))
     draws = sum(len(drawn_) for drawn_ in alone.experts.values())
     return Flips(draws, flipped, loss, edge, expected, compared, masked)
