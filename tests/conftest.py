@@ -13,7 +13,6 @@ import torch
 from helpers import GlooPool
 
 from megagrin.data_prep.tokenizer import Tokenizer, TokenizerConfig, train_tokenizer
-from megagrin.engines.builds import CPU_OPERATORS, OFFLOAD_OPERATORS, dead_locks
 
 pytest_plugins = ["corpus"]
 
@@ -36,9 +35,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def gloo() -> Iterator[GlooPool]:
     """The session's pool of gloo processes."""
-    # A build of an operator that was killed would let every case of DeepSpeed wait until its end.
-    for lock in dead_locks((*OFFLOAD_OPERATORS, *CPU_OPERATORS)):
-        lock.unlink()
     pool = GlooPool()
     yield pool
     pool.close()

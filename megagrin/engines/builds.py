@@ -30,23 +30,19 @@ def is_held(lock: Path) -> bool:
     return False
 
 
-def dead_locks(operators: Sequence[str]) -> list[Path]:
-    """Lock files of operators that nobody on this machine holds."""
+def stale_locks(operators: Sequence[str]) -> list[str]:
+    """Locks of operators that nobody on this machine holds, each as a sentence that says what to do."""
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root())
     locks = [lock for name in operators for pattern in (f"{name}/lock", f"*/{name}/lock") for lock in root.glob(pattern)]
     # Looked at twice: a build that ends closes the file a moment before it removes it.
     suspects = [lock for lock in locks if not is_held(lock)]
     if suspects:
         time.sleep(0.5)
-    return [lock for lock in suspects if lock.exists() and not is_held(lock)]
-
-
-def stale_locks(operators: Sequence[str]) -> list[str]:
-    """What is to be done about each dead lock, as a sentence."""
     return [
         f"{lock} is the lock of a build that no process of this machine is at: a build that was killed leaves it; "
         "remove the file, or wait if another machine is building there"
-        for lock in dead_locks(operators)
+        for lock in suspects
+        if lock.exists() and not is_held(lock)
     ]
 
 

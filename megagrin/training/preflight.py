@@ -44,7 +44,8 @@ def slowness(run: RunConfig) -> str:
 def multiplies_bf16() -> bool:
     """Whether this CPU multiplies bf16 matrices faster than torch's plain loops (x86: AVX-512 at least).
 
-    The quickstart asks for more, namely hardware on which bf16 is the faster one. Without AVX-512, a step of grin_tiny on 4096 tokens took 30 s of processor time in bf16 and 2.2 s in fp32 (torch 2.13, AVX2).
+    The quickstart asks for more: hardware on which bf16 is the faster one. Without AVX-512 a step of grin_tiny on 4096 tokens
+    took 30 s of processor time in bf16 and 2.2 s in fp32 (torch 2.13, AVX2).
     """
     supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
     return supported is None or bool(supported())

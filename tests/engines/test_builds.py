@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from torch.utils.file_baton import FileBaton
 
+from megagrin.engines import builds
 from megagrin.engines.builds import CPU_OPERATORS, OFFLOAD_OPERATORS, bounded_builds, is_held, stale_locks
 from megagrin.training import preflight
 from megagrin.training.run_config import parse_config
@@ -65,3 +66,13 @@ def test_waiting_for_a_build_ends(lock: Path) -> None:
     with bounded_builds(0.2):
         FileBaton(str(lock)).wait()
     assert FileBaton.wait.__module__ == "torch.utils.file_baton"
+
+
+def test_a_wait_says_once_what_it_waits_for(
+    lock: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(builds, "_SAY_AFTER_SECONDS", 0.05)
+    lock.touch()
+    with bounded_builds(0.3), pytest.raises(TimeoutError):
+        FileBaton(str(lock), wait_seconds=0.01).wait()
+    assert capsys.readouterr().out == f"waiting  for another process to compile an operator: {lock}\n"

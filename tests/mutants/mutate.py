@@ -66,7 +66,7 @@ class _Collector(cst.CSTVisitor):
     def __init__(self, module: cst.Module) -> None:
         super().__init__()
         self.module, self.found = module, []
-        self._depth, self._quiet = 0, 0
+        self._depth = 0
         self._statements: list[tuple[tuple[int, int], str]] = []
 
     def _lines(self, node: cst.CSTNode) -> tuple[int, int] | None:

@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -58,7 +59,7 @@ GROUPS = {  # a source belongs to the first that has it
     ),
     "model": Group(
         ("megagrin/moe", "megagrin/nn", "megagrin/models", "megagrin/rng.py"),
-        ("moe", "models", "settings/test_config.py", "test_rng.py", "test_rng_values.py", STEP),
+        ("moe", "models", "settings/test_config.py", "parallel/test_context.py", "test_rng.py", "test_rng_values.py", STEP),
     ),
     "run": Group(
         ("megagrin/training", "megagrin/settings", "megagrin/checkpoint", "megagrin/cli.py", "megagrin/data"),
@@ -66,7 +67,7 @@ GROUPS = {  # a source belongs to the first that has it
     ),
     "use": Group(
         ("megagrin/hf", "megagrin/inference", "megagrin/observe", "data_prep"),
-        ("hf", "inference", "observe", "data_prep", "data", "training/test_tokenizer_of_run.py"),
+        ("hf", "inference", "observe", "data_prep", "data", "test_cli.py", "training/test_tokenizer_of_run.py"),
     ),
 }
 
@@ -113,16 +114,13 @@ def _of_import(path: str, make: Any, order: list[list[str]], folder: Path) -> in
     return SURVIVED
 
 
-def judge(group: str, chosen: Chosen, limits: Limits) -> tuple[dict[str, Any], dict[str, dict[int, Any]]]:
-    """What the tests of a group say of themselves, and by file and number what became of the mutants."""
-    tests = WIDE if limits.wide else [f"tests/{test}" for test in GROUPS[group].tests]
+def judge(tests: Sequence[str], chosen: Chosen, limits: Limits) -> tuple[dict[str, Any], dict[str, dict[int, Any]]]:
+    """What the tests say of themselves, and by file and number what became of the mutants."""
     with tempfile.TemporaryDirectory() as name:
         folder, results = Path(name), Path(name) / "results.json"
         in_fork(lambda: int(_pytest(tests, [Session(ROOT, chosen, results, limits)], folder)), 24 * 3600)
         if not results.exists():
-            sys.exit(
-                f"mutants: the tests of group {group} cannot be collected: python -m pytest --collect-only {' '.join(tests)}"
-            )
+            sys.exit(f"mutants: these cannot be collected: python -m pytest --collect-only {' '.join(tests)}")
         about, *lines = [json.loads(line) for line in results.read_text().splitlines()]
         outcomes = {}
         for line in lines:
@@ -146,7 +144,15 @@ def accepted() -> dict[str, dict[tuple[str, str], str]]:
     return reasons
 
 
-def _key(entry: dict[str, Any] | Mutant) -> tuple[str, str, str]:
+def mark_accepted(path: str, tried: list[dict[str, Any]]) -> None:
+    """Survivors of a file that stand in accepted.yaml become `accepted`."""
+    reasons = accepted().get(path, {})
+    for entry in tried:
+        if entry["after"] == "survived" and (entry["statement"], f"{entry['old']} -> {entry['new']}") in reasons:
+            entry["after"] = "accepted"
+
+
+def key_of(entry: dict[str, Any] | Mutant) -> tuple[str, str, str]:
     """What names a mutant when lines move."""
     about = entry if isinstance(entry, dict) else vars(entry)
     return about["statement"], about["old"], about["new"]
@@ -155,7 +161,7 @@ def _key(entry: dict[str, Any] | Mutant) -> tuple[str, str, str]:
 def _alive(output: Path) -> dict[str, set[tuple[str, str, str]]]:
     results = [json.loads(line) for line in output.read_text().splitlines()]
     return {
-        result["file"]: {_key(entry) for entry in result["tried"] if entry["after"] in ("survived", "unreached")}
+        result["file"]: {key_of(entry) for entry in result["tried"] if entry["after"] in ("survived", "unreached")}
         for result in results
     }
 
@@ -163,8 +169,8 @@ def _alive(output: Path) -> dict[str, set[tuple[str, str, str]]]:
 def _choose(path: str, sample: int, seed: int, again: set[tuple[str, str, str]] | None) -> tuple[int, list[Any]]:
     every = list(mutants((ROOT / path).read_text()))
     if again is not None:
-        found = [pair for pair in every if _key(pair[0]) in again]
-        if gone := len(again) - len({_key(mutant) for mutant, _ in found}):
+        found = [pair for pair in every if key_of(pair[0]) in again]
+        if gone := len(again) - len({key_of(mutant) for mutant, _ in found}):
             print(f"{path}: {gone} of those not killed before are no longer in the source", flush=True)
         return len(every), found
     if 0 < sample < len(every):
@@ -174,22 +180,18 @@ def _choose(path: str, sample: int, seed: int, again: set[tuple[str, str, str]] 
 
 def report(path: str, total: int, tried: list[dict[str, Any]], output: Path | None) -> int:
     """Print what survived and the counts of a file; returns how many survived that are not accepted."""
-    reasons, open_ = accepted().get(path, {}), 0
     if output:
         with output.open("a") as out:
             out.write(json.dumps({"file": path, "mutants": total, "tried": tried}) + "\n")
-    for entry in tried:
-        change = f"{entry['old']} -> {entry['new']}"
-        if entry["after"] == "survived" and (entry["statement"], change) in reasons:
-            entry["after"] = "accepted"
-        elif entry["after"] == "survived":
-            open_ += 1
-            print(f"{path}:{entry['lines'][0]}: {entry['statement']}\n    {change}")
+    mark_accepted(path, tried)
+    alive = [entry for entry in tried if entry["after"] == "survived"]
+    for entry in alive:
+        print(f"{path}:{entry['lines'][0]}: {entry['statement']}\n    {entry['old']} -> {entry['new']}")
     for when in ("before", "after"):
         count = Counter(entry[when] for entry in tried)
         figures = ", ".join(f"{count[key]} {key}" for key in ("killed", "timeout", "survived", "accepted", "unreached"))
         print(f"{path}: {len(tried)} of {total} mutants, {when} new tests: {figures}", flush=True)
-    return open_
+    return len(alive)
 
 
 def main() -> int:
@@ -207,7 +209,7 @@ def main() -> int:
     parser.add_argument("--wide", action="store_true", help="let all tests judge, not only those of a file's own group")
     parser.add_argument("--output", type=Path, help="a line of JSON for every file")
     options = parser.parse_args()
-    limits = Limits(options.longest, options.budget, options.margin, options.cases, options.wide, tuple(options.new))
+    limits = Limits(options.longest, options.budget, options.margin, options.cases, tuple(options.new))
     os.chdir(ROOT)
     sys.dont_write_bytecode = True
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -225,7 +227,8 @@ def main() -> int:
             continue
         start = time.monotonic()
         picked = {path: _choose(path, options.sample, options.seed, earlier.get(path)) for path in mine}
-        about, outcomes = judge(group, {path: pairs for path, (_, pairs) in picked.items()}, limits)
+        tests = WIDE if options.wide else [f"tests/{test}" for test in GROUPS[group].tests]
+        about, outcomes = judge(tests, {path: pairs for path, (_, pairs) in picked.items()}, limits)
         for path, (total, pairs) in picked.items():
             keys = ("number", "lines", "old", "new", "statement")
             tried = [{key: getattr(mutant, key) for key in keys} | outcomes[path][mutant.number] for mutant, _ in pairs]

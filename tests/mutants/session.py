@@ -32,7 +32,6 @@ class Limits:
         budget: seconds of tests for one mutant, the quickest first; what is beyond it is not run.
         margin: seconds a mutant may take beyond three times its tests.
         cases: of each test function that starts ranks, so many cases.
-        wide: the tests of every group judge.
         new: patterns of test files that run after all others: what they kill is counted apart.
     """
 
@@ -40,7 +39,6 @@ class Limits:
     budget: float
     margin: float
     cases: int
-    wide: bool
     new: tuple[str, ...]
 
 

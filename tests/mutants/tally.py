@@ -11,7 +11,7 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
-from run import _key, accepted
+from run import key_of, mark_accepted
 
 ORDER = ("killed", "timeout", "survived", "unreached")
 
@@ -19,10 +19,10 @@ ORDER = ("killed", "timeout", "survived", "unreached")
 def merged(outputs: list[Path]) -> dict[str, tuple[int, list[dict[str, Any]]]]:
     """By file: its number of mutants in the first output, and every mutant of that output with its best outcomes."""
     first, *later = [[json.loads(line) for line in output.read_text().splitlines()] for output in outputs]
-    files = {result["file"]: (result["mutants"], {_key(entry): entry for entry in result["tried"]}) for result in first}
+    files = {result["file"]: (result["mutants"], {key_of(entry): entry for entry in result["tried"]}) for result in first}
     for result in (result for results in later for result in results):
         for entry in result["tried"]:
-            known = files.setdefault(result["file"], (result["mutants"], {}))[1].setdefault(_key(entry), entry)
+            known = files.setdefault(result["file"], (result["mutants"], {}))[1].setdefault(key_of(entry), entry)
             for when in ("before", "after"):
                 known[when] = min(known[when], entry[when], key=ORDER.index)
     return {path: (total, list(entries.values())) for path, (total, entries) in files.items()}
@@ -30,15 +30,11 @@ def merged(outputs: list[Path]) -> dict[str, tuple[int, list[dict[str, Any]]]]:
 
 def main() -> None:
     """Print the table."""
-    reasons = accepted()
     rooms: dict[str, Counter[str]] = defaultdict(Counter)
     for path, (total, entries) in sorted(merged([Path(name) for name in sys.argv[1:]]).items()):
         room = str(Path(path).parent)
+        mark_accepted(path, entries)
         for entry in entries:
-            if entry["after"] == "survived" and (entry["statement"], f"{entry['old']} -> {entry['new']}") in reasons.get(
-                path, {}
-            ):
-                entry["after"] = "accepted"
             for when in ("before", "after"):
                 rooms[room][f"{when} {entry[when]}"] += 1
         rooms[room]["tried"] += len(entries)

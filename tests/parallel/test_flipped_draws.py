@@ -19,8 +19,8 @@ def test_only_near_ties_flip(gloo: GlooPool, dtype: str) -> None:
     for ranks, run in layouts:
         flips = compare_draws(gloo.run(ranks, drawn, run), alone)
         assert flips.draws == STEPS * 128 * 2 * 2
-        # What rounding moves without flipping: in fp32 1e-7 of the draws (benchmarks/results/2026-11-28-flipped-draws.md). Draws with
-        # another mask are left out of it, so they are bounded as well.
+        # What rounding moves without flipping: in fp32 1e-7 of the draws (benchmarks/results/2026-11-28-flipped-draws.md).
+        # Draws with another mask are left out of it, so they are bounded as well.
         assert flips.masked <= (flips.compared // 1000 if dtype == "fp32" else 0)
         assert flips.expected <= flips.compared * (2e-6 if dtype == "fp32" else 1e-14)
         if dtype == "fp64":
