@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# Tests run in two processes of one thread each: a test that starts ranks waits half of its time.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 .PHONY: help setup quickstart control test test-slow test-all combinations lint hooks format types gpu bench mutants clean
 
@@ -27,14 +29,14 @@ control: setup  ## the quickstart's training on shuffled labels: the loss must n
 	@launch/quickstart.sh --shuffle-labels
 
 test: setup  ## the fast suite, under 10 minutes on 2 cores
-	@$(BIN)/python -m pytest -m 'not slow and not gpu' --ignore=tests/kernels_interpret
-	@TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels_interpret
+	@$(PYTEST) --dist loadfile -m 'not slow and not gpu' --ignore=tests/kernels_interpret
+	@TRITON_INTERPRET=1 $(PYTEST) --dist worksteal tests/kernels_interpret
 
 test-slow: setup  ## the slow suites
-	@$(BIN)/python -m pytest -m 'slow and not long and not gpu' --ignore=tests/kernels_interpret --timeout 900
+	@$(PYTEST) --dist loadfile -m 'slow and not long and not gpu' --ignore=tests/kernels_interpret --timeout 900
 
 test-all: test test-slow  ## everything that needs no GPU
-	@$(BIN)/python -m pytest -m 'long and not gpu' --ignore=tests/kernels_interpret --timeout 900
+	@$(PYTEST) --dist loadfile -m 'long and not gpu' --ignore=tests/kernels_interpret --timeout 900
 
 combinations: setup  ## every case of README's table, and the table from those that passed; half an hour
 	@mkdir -p runs; $(BIN)/python -m pytest -m 'not gpu' tests/parallel tests/engines --timeout 900 --junitxml=runs/combinations.xml; \

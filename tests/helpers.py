@@ -1,11 +1,13 @@
 """One pool of gloo processes for all distributed tests: starting torch takes seconds, a case takes milliseconds."""
 
+import contextlib
 import gc
 import multiprocessing
 import os
 import queue
 import sys
 import tempfile
+import threading
 import traceback
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
@@ -14,11 +16,31 @@ from typing import Any
 
 POOL_SIZE = 8
 CASE_TIMEOUT_S = 240.0
+# A group has three; those of a large case are some forty.
+KEPT_THREADS = 60
+
+
+def _end_with_parent() -> None:
+    """A session that is killed, as by a time limit, closes no pool; its workers would wait for ever, and take the cores."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def gloo_threads() -> int:
+    """Threads of this process that serve gloo groups."""
+    names = []
+    for thread in Path("/proc/self/task").iterdir():
+        with contextlib.suppress(OSError):  # ended between listing and reading
+            names.append((thread / "comm").read_text())
+    return sum("gloo" in name for name in names)
 
 
 def _worker(rank: int, tasks: Any, results: Any, path: list[str]) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     sys.path[:] = path
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     import datetime
 
     import torch
@@ -44,12 +66,12 @@ def _worker(rank: int, tasks: Any, results: Any, path: list[str]) -> None:
                 _clear_sharding_prop_cache()
                 _gen_transform_infos.cache_clear()
                 clear_redistribute_planner_cache()
-            # Engines are circles that hold their groups, and each of these some forty threads that wake every 10 ms: the workers
-            # of a slow suite had a thousand, and took both cores.
+            # Engines are circles that hold their groups, whose threads wake every 10 ms: the idle workers of a slow suite had a
+            # thousand, and took both cores.
             gc.collect()
-            results.put((rank, True, value))
+            results.put((rank, True, value, gloo_threads()))
         except BaseException:
-            results.put((rank, False, traceback.format_exc()))
+            results.put((rank, False, traceback.format_exc(), 0))
 
 
 class GlooPool:
@@ -96,18 +118,22 @@ class GlooPool:
         assert 1 <= world_size <= POOL_SIZE
         self._start(world_size)
         values: dict[int, Any] = {}
+        most_kept = 0
         with tempfile.TemporaryDirectory() as folder:
             for rank in range(world_size):
                 self._tasks[rank].put((function, args, world_size, str(Path(folder) / "store")))
             try:
                 while len(values) < world_size:
-                    rank, ok, value = self._results.get(timeout=CASE_TIMEOUT_S)
+                    rank, ok, value, kept = self._results.get(timeout=CASE_TIMEOUT_S)
                     if not ok:
                         self.close()
                         raise AssertionError(f"rank {rank} of {world_size} failed:\n{value}")
                     values[rank] = value
+                    most_kept = max(most_kept, kept)
             except queue.Empty:
                 silent = sorted(set(range(world_size)) - values.keys())
                 self.close()
                 raise AssertionError(f"ranks {silent} of {world_size} did not answer within {CASE_TIMEOUT_S} s") from None
+        if most_kept > KEPT_THREADS:
+            self.close()  # what libraries keep of groups that have ended; the next case starts processes anew
         return [values[rank] for rank in range(world_size)]

@@ -1,10 +1,6 @@
 """The DeepSpeed engine on gloo: the run of the native engine in one process, under every ZeRO stage, offload and layout."""
 
 import contextlib
-import os
-import subprocess
-import sys
-from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -17,118 +13,28 @@ from common import (
     STEPS,
     Run,
     build_engine,
-    compare,
     forced,
     full,
     initial_weights,
     micro_batches,
-    reference,
     run_forced,
     run_steps,
 )
 from helpers import GlooPool
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from zero_runs import assert_same, build_op, capture, deepspeed_engine
 
 from megagrin.checkpoint import store
 from megagrin.checkpoint.store import CheckpointInfo
-from megagrin.distributed.mesh import ParallelConfig, build_mesh
-from megagrin.engines.base import EngineConfig
-from megagrin.engines.deepspeed import DeepSpeedEngine
+from megagrin.distributed.mesh import ParallelConfig
 from megagrin.optim.schedule import learning_rate
 from megagrin.parallel.expert import moe_layers
 
 pytest.importorskip("deepspeed")
 pytestmark = pytest.mark.slow
+LONG = pytest.mark.long
 
 DP, EP2, TP2 = ParallelConfig(), ParallelConfig(ep=2), ParallelConfig(tp=2)
-
-
-@contextlib.contextmanager
-def deepspeed_engine(run: Run, seed: int = 7) -> Iterator[DeepSpeedEngine]:
-    """An engine on the default process group; afterwards DeepSpeed forgets its groups, as the pool's next case has others."""
-    mesh = build_mesh(run.parallel, "cpu")
-    config = EngineConfig(kind="deepspeed", dtype=run.dtype, **run.engine)  # type: ignore[arg-type]
-    engine = DeepSpeedEngine(run.model, run.router, run.balance, run.optim, config, mesh, torch.device("cpu"), seed)
-    try:
-        yield engine
-    finally:
-        engine.zero.destroy()
-        forget_groups()
-
-
-def forget_groups() -> None:
-    """DeepSpeed counts modules and parameters of a process, and compares the counts of ranks: those of the pool differ."""
-    from deepspeed.comm import comm
-    from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
-    from deepspeed.runtime.zero.partition_parameters import Init
-    from deepspeed.utils import groups
-
-    groups._release_process_group_references()
-    comm.cdb = None
-    DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__[0][0] = 0
-    Init.param_id = Init.num_persisted_parameters = Init.num_persisted_elements = 0
-
-
-def clipped_gradients(engine: DeepSpeedEngine, max_norm: float) -> dict[str, Tensor]:
-    """Whole gradients as the optimizer will see them, between the last backward pass and the step."""
-    from deepspeed.utils import safe_get_full_grad
-
-    state = engine.zero_state
-    factor = min(1.0, max_norm / (state.norm().item() + 1e-6))
-    gradients = {}
-    for name, parameter in state.named.items():
-        gradient = safe_get_full_grad(parameter)
-        placed = engine.placed[name]
-        shape, stride = torch.Size(placed.shape), torch.empty(placed.shape, device="meta").stride()
-        if len(placed.placements) > 1:
-            names = placed.mesh.mesh_dim_names[1:]
-            gradient = DTensor.from_local(
-                gradient, placed.mesh[names], placed.placements[1:], run_check=False, shape=shape, stride=stride
-            )
-        gradients[name] = full(gradient) * factor
-    return gradients
-
-
-def capture(engine: DeepSpeedEngine, run: Run) -> list[dict[str, Tensor]]:
-    """A list that receives all gradients before each of the optimizer's steps."""
-    gradients: list[dict[str, Tensor]] = []
-    step_of_zero = engine.zero.step
-
-    def step(*arguments: Any) -> None:
-        gradients.append(clipped_gradients(engine, run.optim.clip_norm))
-        step_of_zero(*arguments)
-
-    engine.zero.step = step
-    return gradients
-
-
-def run_deepspeed(run: Run) -> dict[str, Any]:
-    """Train, and return what `common.run_steps` returns."""
-    with deepspeed_engine(run) as engine:
-        gradients = capture(engine, run)
-        results = [
-            engine.train_step(micro_batches(run, number, engine.mesh), number, learning_rate(run.optim, number, run.steps))
-            for number in range(run.steps)
-        ]
-        weights = {name.removeprefix("model."): full(tensor) for name, tensor in engine.state(optimizer=False).items()}
-        return {
-            "losses": [result.loss for result in results],
-            "balance": [result.balance_loss for result in results],
-            "z": [result.z_loss for result in results],
-            "norms": [result.grad_norm for result in results],
-            "counts": torch.stack([result.counts_LE for result in results]) if results[0].counts_LE is not None else None,
-            "gradients": {name: torch.stack([step[name] for step in gradients]) for name in gradients[0]},
-            "weights": weights,
-        }
-
-
-def build_op(name: str) -> None:
-    """Compile one of DeepSpeed's C++ parts, once a machine: ranks that do it together wait for each other for minutes."""
-    command = f"from deepspeed.ops.op_builder import {name}; {name}().load()"
-    environment = os.environ | {"DS_ACCELERATOR": "cpu"}
-    done = subprocess.run([sys.executable, "-c", command], env=environment, capture_output=True, text=True, timeout=800)
-    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -160,9 +66,10 @@ MANY = {
 
 
 def stage_case(stage: int, layout: str) -> Any:
-    """A layout under a ZeRO stage; CI has stage 3."""
+    """A layout under a ZeRO stage; CI has stage 3 of most."""
     ranks, run = MANY[layout]
-    marks = () if stage == 3 else (pytest.mark.long,)
+    left_out = stage < 3 or layout in ("dp2-tp2", "tp2-ep2-folded", "dp2-etp2-chunks")
+    marks = (pytest.mark.long,) if left_out else ()
     return pytest.param(ranks, replace(run, dtype="fp32", engine={"zero": stage}), id=f"zero{stage}-{layout}", marks=marks)
 
 
@@ -172,19 +79,12 @@ def test_same_run(gloo: GlooPool, world_size: int, run: Run) -> None:
     assert_same(gloo, world_size, run)
 
 
-def assert_same(gloo: GlooPool, world_size: int, run: Run) -> None:
-    expected = reference(gloo, run)
-    assert min(expected["norms"]) > run.optim.clip_norm > 0, "clipping must be at work"
-    for ours in gloo.run(world_size, run_deepspeed, run):
-        compare(ours, expected, 1e-5)
-
-
 @pytest.mark.parametrize(
     "engine",
     [
         pytest.param({"zero": 1, "offload_optimizer": "cpu"}, id="zero1-cpu"),
-        pytest.param({"zero": 2, "offload_optimizer": "cpu"}, id="zero2-cpu"),
-        pytest.param({"zero": 3, "offload_optimizer": "cpu"}, id="zero3-cpu"),
+        pytest.param({"zero": 2, "offload_optimizer": "cpu"}, id="zero2-cpu", marks=LONG),
+        pytest.param({"zero": 3, "offload_optimizer": "cpu"}, id="zero3-cpu", marks=LONG),
         pytest.param({"zero": 3, "offload_optimizer": "cpu", "offload_parameters": "cpu"}, id="zero3-all-cpu"),
     ],
 )
@@ -215,14 +115,14 @@ def test_offload_to_nvme(gloo: GlooPool, tmp_path: Path, parameters: str) -> Non
     [
         pytest.param(4, Run(EP2, 1, engine={"zero": 1}), id="zero1-dp4-ep2"),
         pytest.param(4, Run(replace(TP2, ep=2, etp=2), 1, engine={"zero": 2}), id="zero2-tp2-ep2-etp2"),
-        pytest.param(2, Run(DP, 1, steps=STEPS, engine={"zero": 2}), id="20-steps-zero2"),
-        pytest.param(2, Run(EP2, 1, steps=STEPS, engine={"zero": 3}), id="20-steps-zero3-ep2"),
+        pytest.param(2, Run(DP, 1, steps=STEPS, engine={"zero": 2}), id="20-steps-zero2", marks=LONG),
+        pytest.param(2, Run(EP2, 1, steps=STEPS, engine={"zero": 3}), id="20-steps-zero3-ep2", marks=LONG),
         pytest.param(1, Run(DP, 2, engine={"zero": 3}), id="one-rank"),
         pytest.param(2, Run(DP, 1, model=replace(MODEL, n_experts=0, top_k=1), engine={"zero": 3}), id="dense"),
         pytest.param(2, Run(EP2, 2, model=replace(MODEL, top_k=4), engine={"zero": 2, "recompute": "full"}), id="top4-recompute"),
         pytest.param(2, Run(DP, 2, model=replace(MODEL, top_k=1), engine={"zero": 3, "recompute": "full"}), id="top1-recompute3"),
-        pytest.param(2, Run(EP2, 2, engine={"zero": 2, "compile": True}), id="compile"),
-        pytest.param(2, Run(EP2, 2, engine={"zero": 1, "compile": True}), id="compile1", marks=pytest.mark.long),
+        pytest.param(2, Run(EP2, 2, engine={"zero": 2, "compile": True}), id="compile", marks=LONG),
+        pytest.param(2, Run(EP2, 2, engine={"zero": 1, "compile": True}), id="compile1"),
         pytest.param(2, Run(EP2, 1, ignored=4, engine={"zero": 3}), id="rank-without-labels"),
     ],
 )
@@ -287,7 +187,7 @@ def run_clipped(run: Run) -> list[float]:
     return norms
 
 
-@pytest.mark.parametrize("parallel", [pytest.param(EP2, id="dp4-ep2"), pytest.param(TP2, id="dp2-tp2")])
+@pytest.mark.parametrize("parallel", [pytest.param(EP2, id="dp4-ep2", marks=LONG), pytest.param(TP2, id="dp2-tp2")])
 def test_bf16_is_clipped_once(gloo: GlooPool, parallel: ParallelConfig) -> None:
     """DeepSpeed's bf16 optimizer has a norm of its own, too large under tp: by it, clipped gradients would be clipped again."""
     run = Run(parallel, 1, "bf16", engine={"zero": 1})
@@ -323,9 +223,9 @@ BF16 = replace(ZERO2, dtype="bf16", engine={"zero": 1})
     [
         pytest.param(2, ZERO2, "deepspeed", id="zero2-ep2"),
         pytest.param(4, ZERO3, "deepspeed", id="zero3-tp2"),
-        pytest.param(4, replace(ZERO3, parallel=EP2), "deepspeed", id="zero3-dp4-ep2"),
+        pytest.param(4, replace(ZERO3, parallel=EP2), "deepspeed", id="zero3-dp4-ep2", marks=LONG),
         pytest.param(2, BF16, "deepspeed", id="zero1-ep2-bf16"),
-        pytest.param(2, BF16, "native", id="zero1-ep2-bf16-native"),
+        pytest.param(2, BF16, "native", id="zero1-ep2-bf16-native", marks=LONG),
         pytest.param(2, replace(ZERO2, engine={"zero": 3, "offload_optimizer": "cpu"}), "native", id="zero3-cpu-native"),
     ],
 )

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 from common import MODEL, Run, expected_decay
 from helpers import GlooPool
-from test_deepspeed import deepspeed_engine
+from zero_runs import deepspeed_engine
 
 from megagrin.distributed.mesh import ParallelConfig
 

@@ -4,17 +4,19 @@ from typing import Any
 
 import pytest
 from common import Run
-from engines.test_deepspeed import EP2, assert_same
 from helpers import GlooPool
 from parallel.combinations import MODES
 from parallel.test_options import recompute
+from zero_runs import assert_same
+
+from megagrin.distributed.mesh import ParallelConfig
 
 pytestmark = pytest.mark.slow
 
 
 def case(stage: int, mode: str) -> Any:
     """CI has the stage whose weights are gone when backward wants them."""
-    run = Run(EP2, 1, "fp32", 2, documents=True, engine={"zero": stage} | recompute(mode))
+    run = Run(ParallelConfig(ep=2), 1, "fp32", 2, documents=True, engine={"zero": stage} | recompute(mode))
     return pytest.param(2, run, id=f"zero{stage}-{mode}", marks=() if stage == 3 and mode != "budget" else pytest.mark.long)
 
 

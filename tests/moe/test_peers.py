@@ -6,10 +6,10 @@ parallel layout equals our single process is shown in tests/parallel.
 Shape suffixes: B sequences, S positions, G key-value groups, Q query heads of a group, C head_dim, D model width.
 """
 
+import contextlib
 import copy
 import warnings
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -93,7 +93,7 @@ def _megatron_model(patch: Callable[[Any, str, Any], None]) -> torch.nn.Module:
 
     # Megatron-Core asks CUDA for the current device and keeps dropout's random state there: neither matters here.
     patch(torch.cuda, "current_device", lambda: "cpu")
-    patch(tensor_parallel.get_cuda_rng_tracker(), "fork", lambda *_: nullcontext())
+    patch(tensor_parallel.get_cuda_rng_tracker(), "fork", lambda *_: contextlib.nullcontext())
     parallel_state.initialize_model_parallel(create_gloo_process_groups=False)
     config = TransformerConfig(
         num_layers=DENSE.n_layers,
@@ -155,8 +155,11 @@ def _megatron_names(model: Transformer) -> dict[str, Tensor]:
 
 def megatron_step() -> tuple[float, float, dict[str, Tensor], dict[str, Tensor]]:
     """Their loss, ours, their gradients, ours under their names; in a process with a group of its own."""
-    with warnings.catch_warnings(), pytest.MonkeyPatch.context() as patch:
+    from megatron.core import parallel_state
+
+    with warnings.catch_warnings(), pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as at_end:
         warnings.simplefilter("ignore")
+        at_end.callback(parallel_state.destroy_model_parallel)
         theirs = _megatron_model(patch.setattr)
         torch.manual_seed(0)
         ours = random_model(DENSE)

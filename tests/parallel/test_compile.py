@@ -33,21 +33,20 @@ CP2 = ParallelConfig(cp=2)
 @pytest.mark.parametrize(
     ("world_size", "run"),
     [
-        pytest.param(2, Run(ParallelConfig(ep=2), 2, "fp32", engine=FULL, documents=True), id="ep2-full", marks=pytest.mark.slow),
+        pytest.param(2, Run(ParallelConfig(ep=2), 2, "fp32", engine=FULL, documents=True), id="ep2-full"),
         pytest.param(1, Run(ParallelConfig(), 4, "fp32", engine=COMPILE), id="one-rank"),
-        pytest.param(2, Run(ParallelConfig(), 2, "fp32", engine=SELECTIVE), id="dp2-selective", marks=pytest.mark.slow),
-        pytest.param(2, Run(CP2, 4, "fp32", engine=FULL, documents=True), id="cp2-full", marks=pytest.mark.slow),
+        pytest.param(2, Run(ParallelConfig(), 2, "fp32", engine=SELECTIVE), id="dp2-selective", marks=pytest.mark.long),
+        pytest.param(2, Run(CP2, 4, "fp32", engine=FULL, documents=True), id="cp2-full", marks=pytest.mark.long),
         pytest.param(
             2,
             Run(replace(CP2, cp_method="ulysses"), 4, "fp32", engine=COMPILE),
             id="ulysses",
-            marks=pytest.mark.slow,
+            marks=pytest.mark.long,
         ),
         pytest.param(
             2,
             Run(ParallelConfig(), 4, "fp32", model=replace(MODEL, n_experts=0, top_k=1, n_layers=4), engine=COMPILE),
             id="dense",
-            marks=pytest.mark.slow,
         ),
     ],
 )

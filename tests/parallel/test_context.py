@@ -17,7 +17,7 @@ from megagrin.parallel.context import by_rank, in_sequence_order, slice_sequence
 from megagrin.training import rules
 from megagrin.training.run_config import RunConfig, TrainConfig
 
-SLOW = pytest.mark.slow
+LONG = pytest.mark.long
 CP2, CP4 = ParallelConfig(cp=2), ParallelConfig(cp=4)
 ULYSSES = replace(CP2, cp_method="ulysses")
 
@@ -51,9 +51,9 @@ def test_order_of_gathered_slices() -> None:
         pytest.param(4, Run(CP4, 8), id="cp4"),
         pytest.param(4, Run(CP2, 2, documents=True), id="cp2-dp2"),
         pytest.param(4, Run(replace(CP2, ep=2), 2, documents=True), id="cp2-ep2"),
-        pytest.param(4, Run(replace(CP2, ep=4), 4, documents=True), id="cp2-ep4", marks=SLOW),
-        pytest.param(4, Run(replace(ULYSSES, ep=2), 2, documents=True), id="ulysses-ep2", marks=SLOW),
-        pytest.param(4, Run(replace(CP2, ep=2), 2, "fp32", documents=True), id="cp2-ep2-fp32", marks=SLOW),
+        pytest.param(4, Run(replace(CP2, ep=4), 4, documents=True), id="cp2-ep4", marks=LONG),
+        pytest.param(4, Run(replace(ULYSSES, ep=2), 2, documents=True), id="ulysses-ep2", marks=LONG),
+        pytest.param(4, Run(replace(CP2, ep=2), 2, "fp32", documents=True), id="cp2-ep2-fp32", marks=LONG),
     ],
 )
 def test_same_run(gloo: GlooPool, world_size: int, run: Run) -> None:

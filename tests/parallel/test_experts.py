@@ -11,20 +11,20 @@ from helpers import GlooPool
 from megagrin.distributed.mesh import ParallelConfig
 
 FOLDED = ParallelConfig(tp=2, ep=2, etp=2)
-SLOW = pytest.mark.slow
+LONG = pytest.mark.long
 SHORT = [
     pytest.param(2, ParallelConfig(etp=2), 4, MODEL, id="etp2"),
-    pytest.param(4, ParallelConfig(etp=4), 2, MODEL, id="etp4", marks=SLOW),
-    pytest.param(4, ParallelConfig(etp=2), 1, MODEL, id="etp2-edp2-accumulation", marks=SLOW),
+    pytest.param(4, ParallelConfig(etp=4), 2, MODEL, id="etp4", marks=LONG),
+    pytest.param(4, ParallelConfig(etp=2), 1, MODEL, id="etp2-edp2-accumulation", marks=LONG),
     pytest.param(4, ParallelConfig(ep=2, etp=2), 2, MODEL, id="ep2-etp2"),
-    pytest.param(4, ParallelConfig(tp=2, etp=2), 2, MODEL, id="tp2-etp2", marks=SLOW),
+    pytest.param(4, ParallelConfig(tp=2, etp=2), 2, MODEL, id="tp2-etp2", marks=LONG),
     pytest.param(4, FOLDED, 4, replace(MODEL, top_k=1), id="tp2-ep2-etp2-top1"),
-    pytest.param(2, ParallelConfig(ep=2, ep_chunks=2), 4, MODEL, id="ep2-overlapped", marks=SLOW),
+    pytest.param(2, ParallelConfig(ep=2, ep_chunks=2), 4, MODEL, id="ep2-overlapped", marks=LONG),
     pytest.param(4, ParallelConfig(ep=2, ep_chunks=2), 1, MODEL, id="ep2-edp2-overlapped"),
     pytest.param(4, replace(FOLDED, ep_chunks=3), 2, replace(MODEL, top_k=4), id="tp2-ep2-etp2-overlapped-top4"),
-    pytest.param(8, FOLDED, 2, MODEL, id="tp2-dp4-ep2-etp2-edp2", marks=SLOW),
-    pytest.param(8, ParallelConfig(tp=2, cp=2, ep=4, etp=2), 4, MODEL, id="tp2-cp2-ep4-etp2", marks=SLOW),
-    pytest.param(8, ParallelConfig(tp=2, ep=2, etp=2, dp_replicate=2), 2, MODEL, id="tp2-ep2-etp2-hybrid", marks=SLOW),
+    pytest.param(8, FOLDED, 2, MODEL, id="tp2-dp4-ep2-etp2-edp2", marks=LONG),
+    pytest.param(8, ParallelConfig(tp=2, cp=2, ep=4, etp=2), 4, MODEL, id="tp2-cp2-ep4-etp2", marks=LONG),
+    pytest.param(8, ParallelConfig(tp=2, ep=2, etp=2, dp_replicate=2), 2, MODEL, id="tp2-ep2-etp2-hybrid", marks=LONG),
 ]
 
 
@@ -33,7 +33,7 @@ def test_same_run(gloo: GlooPool, world_size: int, parallel: ParallelConfig, mic
     assert_same_run(gloo, world_size, Run(parallel, micro, model=model))
 
 
-@pytest.mark.parametrize("dtype", ["fp32", pytest.param("fp64", marks=SLOW)])
+@pytest.mark.parametrize("dtype", ["fp32", pytest.param("fp64", marks=LONG)])
 def test_same_run_over_20_steps(gloo: GlooPool, dtype: str) -> None:
     assert_same_run(gloo, 4, Run(FOLDED, 2, dtype, STEPS))
 
@@ -42,7 +42,7 @@ def test_same_run_over_20_steps(gloo: GlooPool, dtype: str) -> None:
     "engine",
     [
         {"zero": 3},
-        pytest.param({"zero": 1}, marks=SLOW),
+        pytest.param({"zero": 1}, marks=LONG),
         {"recompute": "full"},
         {"recompute": "selective", "recompute_parts": ("expert_mlp", "router")},
     ],

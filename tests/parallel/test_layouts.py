@@ -10,7 +10,6 @@ from common import (
     ROUTER,
     SEQ,
     SEQUENCES,
-    STEPS,
     Run,
     assert_same_run,
     compare,
@@ -33,11 +32,14 @@ LAYOUTS = [  # (ranks, degrees, sequences a micro-batch)
 ]
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "fp64"])
+# Over 20 steps: test_matrix.py.
+@pytest.mark.parametrize(("dtype", "steps"), [("fp32", 5), ("fp64", 10)])
 @pytest.mark.parametrize(("world_size", "parallel", "micro"), LAYOUTS)
-def test_same_run_on_every_layout(gloo: GlooPool, world_size: int, parallel: ParallelConfig, micro: int, dtype: str) -> None:
-    """Losses, every gradient, the clip norm and the sampled experts over 20 steps."""
-    assert_same_run(gloo, world_size, Run(parallel, micro, dtype, STEPS))
+def test_same_run_on_every_layout(
+    gloo: GlooPool, world_size: int, parallel: ParallelConfig, micro: int, dtype: str, steps: int
+) -> None:
+    """Losses, every gradient, the clip norm and the sampled experts of every step."""
+    assert_same_run(gloo, world_size, Run(parallel, micro, dtype, steps))
 
 
 @pytest.mark.parametrize("top_k", [1, 3])

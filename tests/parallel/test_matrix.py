@@ -5,6 +5,7 @@ documents, a sliding window and a vocabulary that divides by nothing. The subset
 """
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from common import MODEL, Run, assert_same_run
@@ -78,7 +79,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, int | str], int]] = {
     ),
     "cp2-pp2-dp2-etp2": (8, {"cp": 2, "pp": 2, "etp": 2}, 2),
 }
-FAST = ("tp2", "cp2-ulysses", "pp2-zero-bubble", "tp2-ep2", "ep2-etp2", "tp2-cp2-pp2", "tp2-pp2-dp2-ep4", "tp2-cp2-dp2-ep2-etp2")
+FAST = ("tp2", "cp2-ulysses", "pp2-zero-bubble", "tp2-ep2", "ep2-etp2", "tp2-cp2-dp2-ep2-etp2")
 
 
 def run_of(name: str, dtype: str, steps: int) -> tuple[int, Run]:
@@ -93,19 +94,24 @@ def test_layout(gloo: GlooPool, name: str) -> None:
     assert_same_run(gloo, *run_of(name, "fp64", 3))
 
 
-# Eight ranks on two cores are slow: what CI leaves out, `make test-all` has.
+# Eight ranks on two cores are slow, and four take seconds: what CI leaves out, `make test-all` has.
 SMALL = [name for name, (ranks, _, _) in LAYOUTS.items() if ranks < 8]
+FOUR = ("pp4", "cp4-ulysses", "tp2-cp2", "tp2-pp2", "cp2-pp2", "pp2-ep2-zero-bubble", "etp2-dp2", "ep2-hybrid2", "tp2-dp2-ep4")
+
+
+def _small(name: str) -> Any:
+    return pytest.param(name, marks=() if LAYOUTS[name][0] < 4 or name in FOUR else pytest.mark.long)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in SMALL if name not in FAST])
+@pytest.mark.parametrize("name", [_small(name) for name in SMALL if name not in FAST])
 def test_small_layout(gloo: GlooPool, name: str) -> None:
     """Three steps in fp64 of those on up to four ranks that `make test` leaves out."""
     assert_same_run(gloo, *run_of(name, "fp64", 3))
 
 
 def _left_to_test_all(name: str) -> tuple[pytest.MarkDecorator, ...]:
-    return () if name in FAST and name in SMALL else (pytest.mark.long,)
+    return () if name in ("pp2-zero-bubble", "tp2-ep2", "ep2-etp2") else (pytest.mark.long,)
 
 
 @pytest.mark.slow

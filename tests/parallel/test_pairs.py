@@ -27,9 +27,14 @@ INTERLEAVED = replace(PP2, pp_schedule="interleaved_1f1b", pp_stages_per_rank=2)
 ZERO_BUBBLE = replace(PP2, pp_schedule="zero_bubble", pp_stages_per_rank=2)
 
 
+# Of four ranks, and of compiled ones, which take a minute each where processors are slow, CI has some; `make test-all` all.
+IN_CI = ("zero1-tp2", "zero2-etp2", "hybrid-selective", "compiled-pp2", "compiled-muon")
+
+
 def case(name: str, world_size: int, parallel: ParallelConfig, micro: int, **fields: Any) -> Any:
     """A run in fp64 with documents."""
-    return pytest.param(world_size, Run(parallel, micro, documents=True, **fields), id=name)
+    marks = () if name in IN_CI or not (world_size > 2 or name.startswith("compiled")) else (pytest.mark.long,)
+    return pytest.param(world_size, Run(parallel, micro, documents=True, **fields), id=name, marks=marks)
 
 
 def zero_cases(zero: int) -> list[Any]:
@@ -76,14 +81,14 @@ def test_same_run(gloo: GlooPool, world_size: int, run: Run) -> None:
 @pytest.mark.parametrize(
     ("world_size", "run"),
     [
-        case("tp2", 2, TP2, 4, dtype="fp32", engine=COMPILE),
-        case("etp2", 2, ETP2, 2, dtype="fp32", engine=COMPILE),
-        case("pp2", 2, PP2, 2, dtype="fp32", engine=COMPILE),
-        case("interleaved", 2, INTERLEAVED, 2, dtype="fp32", engine=COMPILE),
-        case("zero1", 2, ParallelConfig(), 2, dtype="fp32", engine=COMPILE | {"zero": 1}),
-        case("zero2", 2, ParallelConfig(), 2, dtype="fp32", engine=COMPILE | {"zero": 2}),
-        case("hybrid", 4, HYBRID, 1, dtype="fp32", engine=COMPILE),
-        case("muon", 2, ParallelConfig(), 2, dtype="fp32", optim=MUON, engine=COMPILE),
+        case("compiled-tp2", 2, TP2, 4, dtype="fp32", engine=COMPILE),
+        case("compiled-etp2", 2, ETP2, 2, dtype="fp32", engine=COMPILE),
+        case("compiled-pp2", 2, PP2, 2, dtype="fp32", engine=COMPILE),
+        case("compiled-interleaved", 2, INTERLEAVED, 2, dtype="fp32", engine=COMPILE),
+        case("compiled-zero1", 2, ParallelConfig(), 2, dtype="fp32", engine=COMPILE | {"zero": 1}),
+        case("compiled-zero2", 2, ParallelConfig(), 2, dtype="fp32", engine=COMPILE | {"zero": 2}),
+        case("compiled-hybrid", 4, HYBRID, 1, dtype="fp32", engine=COMPILE),
+        case("compiled-muon", 2, ParallelConfig(), 2, dtype="fp32", optim=MUON, engine=COMPILE),
     ],
 )
 def test_same_compiled_run(gloo: GlooPool, world_size: int, run: Run) -> None:

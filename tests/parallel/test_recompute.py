@@ -29,7 +29,7 @@ from megagrin.nn.rope import rope_table
 from megagrin.parallel.expert import moe_layers
 from megagrin.parallel.recompute import Recompute, apply_recompute, block_bytes, blocks_to_recompute
 
-SLOW = pytest.mark.slow
+LONG = pytest.mark.long
 PARTS = ("attention_core", "expert_mlp", "norms", "router")
 FULL = {"recompute": "full"}
 SELECTIVE = {"recompute": "selective", "recompute_parts": PARTS}
@@ -62,8 +62,8 @@ def test_bit_for_bit(gloo: GlooPool, engine: dict[str, Any], dtype: str) -> None
     ("world_size", "run"),
     [
         pytest.param(2, Run(ParallelConfig(ep=2), 2, "fp64", STEPS, engine=FULL), id="full-ep2"),
-        pytest.param(4, Run(ParallelConfig(ep=2), 1, "fp32", engine=FULL, documents=True), id="full-ep2-dp2", marks=SLOW),
-        pytest.param(4, Run(ParallelConfig(ep=2), 1, engine=SELECTIVE), id="selective-ep2-dp2", marks=SLOW),
+        pytest.param(4, Run(ParallelConfig(ep=2), 1, "fp32", engine=FULL, documents=True), id="full-ep2-dp2", marks=LONG),
+        pytest.param(4, Run(ParallelConfig(ep=2), 1, engine=SELECTIVE), id="selective-ep2-dp2", marks=LONG),
         pytest.param(4, Run(ParallelConfig(ep=2, cp=2), 2, engine=FULL, documents=True), id="full-cp2-ep2"),
         pytest.param(4, Run(ParallelConfig(ep=4, cp=2), 2, engine=SELECTIVE, documents=True), id="selective-cp2-ep4"),
         pytest.param(4, Run(ParallelConfig(ep=2), 2, engine=FULL, balance=GLOBAL), id="full-counts-over-ranks"),

@@ -24,25 +24,25 @@ HEADS4 = replace(MODEL, n_kv_heads=4)  # the key-value heads allow tp 4
 DENSE = replace(MODEL, n_experts=0, top_k=1)
 UNBIASED = replace(MODEL, attention_bias=False, lm_head_bias=False)
 THREE = replace(HEADS4, vocab_size=3)  # over 4 ranks: one has nothing
-SLOW = pytest.mark.slow
+MORE = pytest.mark.long
 LONG = [  # (ranks, degrees, sequences a micro-batch), 20 steps
     pytest.param(2, ParallelConfig(tp=2), 4, id="tp2"),
-    pytest.param(4, ParallelConfig(tp=2, ep=2), 2, id="tp2-dp2-ep2", marks=SLOW),
+    pytest.param(4, ParallelConfig(tp=2, ep=2), 2, id="tp2-dp2-ep2", marks=MORE),
 ]
 SHORT = [
     pytest.param(4, ParallelConfig(tp=4), 8, HEADS4, id="tp4"),
     pytest.param(4, ParallelConfig(tp=2), 1, MODEL, id="tp2-dp2-accumulation"),
-    pytest.param(4, ParallelConfig(tp=4, ep=4), 2, HEADS4, id="tp4-ep4", marks=SLOW),
-    pytest.param(4, ParallelConfig(tp=2, ep=4), 2, replace(MODEL, top_k=1), id="tp2-dp2-ep4-top1", marks=SLOW),
+    pytest.param(4, ParallelConfig(tp=4, ep=4), 2, HEADS4, id="tp4-ep4", marks=MORE),
+    pytest.param(4, ParallelConfig(tp=2, ep=4), 2, replace(MODEL, top_k=1), id="tp2-dp2-ep4-top1", marks=MORE),
     pytest.param(2, ParallelConfig(tp=2, ep=2), 4, replace(MODEL, top_k=4), id="tp2-ep2-top4"),
     pytest.param(4, ParallelConfig(tp=4), 4, replace(DENSE, n_kv_heads=4), id="dense-tp4"),
-    pytest.param(4, ParallelConfig(tp=2), 2, DENSE, id="dense-tp2-dp2", marks=SLOW),
-    pytest.param(2, ParallelConfig(tp=2), 4, replace(MODEL, attention_bias=False, lm_head_bias=False), id="plain", marks=SLOW),
+    pytest.param(4, ParallelConfig(tp=2), 2, DENSE, id="dense-tp2-dp2", marks=MORE),
+    pytest.param(2, ParallelConfig(tp=2), 4, replace(MODEL, attention_bias=False, lm_head_bias=False), id="plain", marks=MORE),
     pytest.param(4, ParallelConfig(tp=4), 8, THREE, id="tp4-rank-without-vocabulary"),
-    pytest.param(4, ParallelConfig(tp=2, dp_replicate=2), 2, MODEL, id="tp2-hybrid", marks=SLOW),
+    pytest.param(4, ParallelConfig(tp=2, dp_replicate=2), 2, MODEL, id="tp2-hybrid", marks=MORE),
     pytest.param(4, ParallelConfig(tp=2, cp=2), 4, MODEL, id="tp2-cp2"),
-    pytest.param(8, ParallelConfig(tp=4, ep=2), 4, THREE, id="tp4-dp2-ep2-rank-without-vocabulary", marks=SLOW),
-    pytest.param(8, ParallelConfig(tp=2, ep=4, dp_replicate=2), 2, MODEL, id="tp2-dp4-ep4-hybrid", marks=SLOW),
+    pytest.param(8, ParallelConfig(tp=4, ep=2), 4, THREE, id="tp4-dp2-ep2-rank-without-vocabulary", marks=MORE),
+    pytest.param(8, ParallelConfig(tp=2, ep=4, dp_replicate=2), 2, MODEL, id="tp2-dp4-ep4-hybrid", marks=MORE),
 ]
 
 
@@ -112,7 +112,7 @@ def resume(run: Run, folder: str) -> dict[str, Any]:
     return {"losses": [result.loss for result in results], "weights": store.gather(engine.model)}
 
 
-@pytest.mark.parametrize("vocab_size", [67, pytest.param(3, marks=SLOW)])
+@pytest.mark.parametrize("vocab_size", [67, pytest.param(3, marks=MORE)])
 def test_checkpoints_travel_between_layouts(gloo: GlooPool, tmp_path: Path, vocab_size: int) -> None:
     """Saved on one layout, continued on another: moments, uneven and empty vocabulary shards included."""
     run = Run(model=replace(HEADS4, vocab_size=vocab_size))

@@ -30,10 +30,10 @@ UNCLIPPED = replace(OPTIM, clip_norm=0.0)
 LAYOUTS = [
     pytest.param(4, ParallelConfig(), id="dp4"),
     pytest.param(4, ParallelConfig(tp=2, ep=2), id="tp2-dp2-ep2"),
-    pytest.param(4, ParallelConfig(tp=2, ep=4), id="tp2-dp2-ep4", marks=pytest.mark.slow),
-    pytest.param(4, ParallelConfig(tp=2, etp=2), id="tp2-dp2-etp2-edp2", marks=pytest.mark.slow),
+    pytest.param(4, ParallelConfig(tp=2, ep=4), id="tp2-dp2-ep4", marks=pytest.mark.long),
+    pytest.param(4, ParallelConfig(tp=2, etp=2), id="tp2-dp2-etp2-edp2", marks=pytest.mark.long),
     pytest.param(4, ParallelConfig(tp=2, ep=2, etp=2), id="tp2-dp2-ep2-etp2"),
-    pytest.param(4, ParallelConfig(ep=2, etp=2), id="dp4-ep2-etp2", marks=pytest.mark.slow),
+    pytest.param(4, ParallelConfig(ep=2, etp=2), id="dp4-ep2-etp2", marks=pytest.mark.long),
     pytest.param(4, ParallelConfig(tp=2, cp=2, ep=2), id="tp2-cp2-ep2"),
 ]
 

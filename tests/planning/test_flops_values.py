@@ -50,13 +50,24 @@ def test_volta_has_tensor_cores_for_fp16_alone(name: str) -> None:
 
 def test_measured_peak_is_the_work_of_the_best_product_over_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """A multiply-add is two: 2·n³ FLOPs. Of five products the fastest counts; a CPU multiplies 1024 × 1024."""
-    durations = iter([4.0, 2.0, 0.5, 3.0, 1.0])
+    durations = iter([0.25, 0.125, 0.03125, 0.1875, 0.0625])
     readings = itertools.chain.from_iterable((100.0, 100.0 + duration) for duration in durations)
     monkeypatch.setattr(flops.time, "perf_counter", lambda: next(readings))
     flops.measured_peak_flops.cache_clear()
     try:
-        assert flops.measured_peak_flops(torch.device("cpu"), torch.float32) == 2 * 1024**3 / 0.5
+        assert flops.measured_peak_flops(torch.device("cpu"), torch.float32) == 2 * 1024**3 / 0.03125
         assert next(readings, None) is None
+    finally:
+        flops.measured_peak_flops.cache_clear()
+
+
+def test_measuring_ends_where_products_are_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """bf16 on a CPU that emulates it: one product of two seconds is enough, where a second one would begin after the first."""
+    readings = iter([100.0, 102.0])
+    monkeypatch.setattr(flops.time, "perf_counter", lambda: next(readings))
+    flops.measured_peak_flops.cache_clear()
+    try:
+        assert flops.measured_peak_flops(torch.device("cpu"), torch.float32) == 2 * 1024**3 / 2.0
     finally:
         flops.measured_peak_flops.cache_clear()
 

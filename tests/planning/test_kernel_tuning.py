@@ -1,7 +1,5 @@
 """Tuning without a GPU: what is tried, what is kept, and that every rank ends with rank 0's table."""
 
-import subprocess
-import sys
 from collections.abc import Sequence
 
 import pytest
@@ -9,6 +7,7 @@ import torch
 import torch.distributed as dist
 from helpers import GlooPool
 
+from megagrin.cli import main
 from megagrin.kernels import tuning
 from megagrin.kernels.tuning import OPS, BlockConfig, Table
 from megagrin.planning.kernel_tuning import LayerShape, Product, candidates, products, share, tune
@@ -101,11 +100,10 @@ def test_a_shared_table_is_used_in_place_of_the_file(monkeypatch: pytest.MonkeyP
         (["--preset", "dense_tiny"], "--preset: dense_tiny is none of grin_16x3_8b"),
     ],
 )
-def test_use_errors_are_one_line(arguments: list[str], message: str) -> None:
-    command = [sys.executable, "-m", "megagrin.cli", "kernels", "tune", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+def test_use_errors_are_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     if torch.cuda.is_available() and not arguments:
         pytest.skip("there is a GPU here")
-    assert done.returncode == 2
-    assert message in done.stderr
-    assert len(done.stderr.splitlines()) == 1
+    assert main(["kernels", "tune", *arguments]) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert len(said.splitlines()) == 1
