@@ -131,7 +131,7 @@ def measured_peak_flops(device: torch.device, dtype: torch.dtype, size: int | No
         size = 1024 if device.type == "cpu" else 8192
     left = torch.randn(size, size, device=device).to(dtype)
     right = torch.randn(size, size, device=device).to(dtype)
-    seconds = []
+    seconds: list[float] = []
     # A CPU that has no instructions for bf16 takes 2.4 s a product of 1024.
     while len(seconds) < 5 and sum(seconds) < MEASURING_S:
         start = time.perf_counter()
