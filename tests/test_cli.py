@@ -107,3 +107,11 @@ def test_a_rank_is_named_only_among_several(capsys: pytest.CaptureFixture[str], 
             monkeypatch.setenv(name, value)
         assert cli.main(["fail"]) == 2
         assert capsys.readouterr() == ("", expected)
+
+
+def test_an_answer_does_not_load_torchs_compiler_of_extensions() -> None:
+    """With a CUDA toolkit and no GPU, as on a login node, loading it logs a warning in front of the one line."""
+    program = "import sys; from megagrin.cli import main; main(['train']); print('torch.utils.cpp_extension' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert done.stdout == "False\n"
+    assert done.stderr.startswith("megagrin: error: data.train")

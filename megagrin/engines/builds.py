@@ -10,7 +10,6 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from torch.utils import cpp_extension
 from torch.utils.file_baton import FileBaton
 
 OFFLOAD_OPERATORS = ("cpu_adam", "async_io")
@@ -32,6 +31,9 @@ def is_held(lock: Path) -> bool:
 
 def stale_locks(operators: Sequence[str]) -> list[str]:
     """Locks of operators that nobody on this machine holds, each as a sentence that says what to do."""
+    # Imported late: with a CUDA toolkit but no GPU, as on a login node, importing it logs a warning in front of every answer.
+    from torch.utils import cpp_extension
+
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root())
     locks = [lock for name in operators for pattern in (f"{name}/lock", f"*/{name}/lock") for lock in root.glob(pattern)]
     # Looked at twice: a build that ends closes the file a moment before it removes it.
