@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-# Tests run in two processes of one thread each: a test that starts ranks waits half of its time.
+# Two processes of one thread each: on two cores one works while the other waits for ranks to start.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 .PHONY: help setup quickstart control test test-slow test-all combinations lint hooks format types gpu bench mutants clean

@@ -155,6 +155,19 @@ def capture_gradients(engine: NativeEngine) -> list[dict[str, Tensor]]:
     return gradients
 
 
+def to_compare(results: list[Any], gradients: list[dict[str, Tensor]], weights: dict[str, Tensor]) -> dict[str, Any]:
+    """What `compare` takes: of the steps' results and gradients, stacked over the steps, and the final weights."""
+    return {
+        "losses": [result.loss for result in results],
+        "balance": [result.balance_loss for result in results],
+        "z": [result.z_loss for result in results],
+        "norms": [result.grad_norm for result in results],
+        "counts": torch.stack([result.counts_LE for result in results]) if results[0].counts_LE is not None else None,
+        "gradients": {name: torch.stack([step[name] for step in gradients]) for name in gradients[0]},
+        "weights": weights,
+    }
+
+
 def run_steps(run: Run) -> dict[str, Any]:
     """Train and return everything there is to compare; tensors of all steps stacked."""
     engine = build_engine(run)
@@ -163,15 +176,7 @@ def run_steps(run: Run) -> dict[str, Any]:
         engine.train_step(micro_batches(run, step, engine.mesh), step, learning_rate(run.optim, step, run.steps))
         for step in range(run.steps)
     ]
-    return {
-        "losses": [result.loss for result in results],
-        "balance": [result.balance_loss for result in results],
-        "z": [result.z_loss for result in results],
-        "norms": [result.grad_norm for result in results],
-        "counts": torch.stack([result.counts_LE for result in results]) if results[0].counts_LE is not None else None,
-        "gradients": {name: torch.stack([step[name] for step in gradients]) for name in gradients[0]},
-        "weights": store.gather(engine.model, engine.mesh.group("pp")),
-    }
+    return to_compare(results, gradients, store.gather(engine.model, engine.mesh.group("pp")))
 
 
 _CACHE: dict[str, dict[str, Any]] = {}

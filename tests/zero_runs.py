@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from common import Run, compare, full, micro_batches, reference
+from common import Run, compare, full, micro_batches, reference, to_compare
 from helpers import GlooPool
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -98,15 +98,7 @@ def run_deepspeed(run: Run) -> dict[str, Any]:
             for number in range(run.steps)
         ]
         weights = {name.removeprefix("model."): full(tensor) for name, tensor in engine.state(optimizer=False).items()}
-        return {
-            "losses": [result.loss for result in results],
-            "balance": [result.balance_loss for result in results],
-            "z": [result.z_loss for result in results],
-            "norms": [result.grad_norm for result in results],
-            "counts": torch.stack([result.counts_LE for result in results]) if results[0].counts_LE is not None else None,
-            "gradients": {name: torch.stack([step[name] for step in gradients]) for name in gradients[0]},
-            "weights": weights,
-        }
+        return to_compare(results, gradients, weights)
 
 
 def build_op(name: str) -> None:
@@ -118,6 +110,7 @@ def build_op(name: str) -> None:
 
 
 def assert_same(gloo: GlooPool, world_size: int, run: Run) -> None:
+    """Every rank under DeepSpeed reports the run of one native process."""
     expected = reference(gloo, run)
     assert min(expected["norms"]) > run.optim.clip_norm > 0, "clipping must be at work"
     for ours in gloo.run(world_size, run_deepspeed, run):

@@ -1,6 +1,7 @@
 """The DeepSpeed engine on gloo: the run of the native engine in one process, under every ZeRO stage, offload and layout."""
 
 import contextlib
+import os
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,9 @@ from common import (
     run_forced,
     run_steps,
 )
-from helpers import GlooPool
+from helpers import GlooPool, gloo_threads
 from torch import Tensor
-from zero_runs import assert_same, build_op, capture, deepspeed_engine
+from zero_runs import assert_same, build_op, capture, deepspeed_engine, run_deepspeed
 
 from megagrin.checkpoint import store
 from megagrin.checkpoint.store import CheckpointInfo
@@ -129,6 +130,24 @@ def test_offload_to_nvme(gloo: GlooPool, tmp_path: Path, parameters: str) -> Non
 def test_same_run_otherwise(gloo: GlooPool, world_size: int, run: Run) -> None:
     """Longer, other models, recomputation, compiled parts, a rank whose sequences have no label."""
     assert_same(gloo, world_size, replace(run, dtype="fp32"))
+
+
+@pytest.mark.parametrize("zero", [1, 3])
+def test_a_case_leaves_no_threads_behind(zero: int) -> None:
+    """DeepSpeed's globals hold engines and their groups, of 35 threads a case.
+
+    The pool is its own, and must keep its workers: it would hide them by replacing those.
+    """
+    run, pool = Run(EP2, 1, "fp32", 1, engine={"zero": zero}), GlooPool()
+    try:
+        workers = set()
+        for _ in range(3):
+            pool.run(2, run_deepspeed, run)
+            workers |= {tuple(pool.run(2, os.getpid))}
+        assert len(workers) == 1
+        assert max(pool.run(2, gloo_threads)) < 35
+    finally:
+        pool.close()
 
 
 def test_experts_without_tokens(gloo: GlooPool) -> None:

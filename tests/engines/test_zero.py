@@ -28,7 +28,7 @@ HYBRID = ParallelConfig(dp_replicate=2)
         pytest.param(4, Run(EP2, 1, engine={"zero": 1}), id="zero1-dp4-ep2", marks=LONG),
         pytest.param(4, Run(EP2, 1, engine={"zero": 2}), id="zero2-dp4-ep2", marks=LONG),
         pytest.param(4, Run(EP2, 1, engine={"zero": 3}), id="zero3-dp4-ep2"),
-        pytest.param(4, Run(HYBRID, 1, engine={"zero": 3}), id="hybrid-zero3"),
+        pytest.param(4, Run(HYBRID, 1, "fp64", STEPS, engine={"zero": 3}), id="hybrid-zero3"),
         pytest.param(4, Run(HYBRID, 1, engine={"zero": 2}), id="hybrid-zero2"),
         pytest.param(4, Run(HYBRID, 1, engine={"zero": 1}), id="hybrid-zero1"),
         pytest.param(4, Run(replace(HYBRID, ep=2), 1), id="hybrid-ep2"),

@@ -7,7 +7,7 @@ from helpers import GlooPool
 
 from megagrin.moe.router import sample
 
-STEPS = 8
+STEPS = 15
 NEAR = 1e-5  # share of the distribution between a draw and its nearest edge
 
 

@@ -10,6 +10,7 @@ from common import (
     ROUTER,
     SEQ,
     SEQUENCES,
+    STEPS,
     Run,
     assert_same_run,
     compare,
@@ -32,8 +33,11 @@ LAYOUTS = [  # (ranks, degrees, sequences a micro-batch)
 ]
 
 
-# Over 20 steps: test_matrix.py.
-@pytest.mark.parametrize(("dtype", "steps"), [("fp32", 5), ("fp64", 10)])
+LONG = (pytest.mark.slow, pytest.mark.long)
+LENGTHS = [("fp32", 5), ("fp64", 10), *(pytest.param(dtype, STEPS, marks=LONG) for dtype in ("fp32", "fp64"))]
+
+
+@pytest.mark.parametrize(("dtype", "steps"), LENGTHS)
 @pytest.mark.parametrize(("world_size", "parallel", "micro"), LAYOUTS)
 def test_same_run_on_every_layout(
     gloo: GlooPool, world_size: int, parallel: ParallelConfig, micro: int, dtype: str, steps: int

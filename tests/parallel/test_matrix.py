@@ -79,7 +79,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, int | str], int]] = {
     ),
     "cp2-pp2-dp2-etp2": (8, {"cp": 2, "pp": 2, "etp": 2}, 2),
 }
-FAST = ("tp2", "cp2-ulysses", "pp2-zero-bubble", "tp2-ep2", "ep2-etp2", "tp2-cp2-dp2-ep2-etp2")
+FAST = ("tp2", "cp2-ulysses", "pp2-zero-bubble", "tp2-ep2", "ep2-etp2", "tp2-cp2-pp2", "tp2-pp2-dp2-ep4", "tp2-cp2-dp2-ep2-etp2")
 
 
 def run_of(name: str, dtype: str, steps: int) -> tuple[int, Run]:
