@@ -104,18 +104,23 @@ def _loop(x_RK: Tensor, w_EKN: Tensor, counts_E: Tensor) -> Tensor:
     return y_RN
 
 
-def _wgrad_loop(dy_RN: Tensor, x_RK: Tensor, counts_E: Tensor, dw_ENK: Tensor) -> None:
+def _wgrad_loop(dy_RN: Tensor, x_RK: Tensor, counts_E: Tensor, dw_ENK: Tensor, accumulate: bool = False) -> None:
     rows = dy_RN.shape[0]
     filled = set()
     for expert, start, end in _blocks(counts_E, rows):
         stop = _rounded_end(start, end, rows, dy_RN)
         dy_block = dy_RN[start:end] if stop == end else torch.nn.functional.pad(dy_RN[start:end], (0, 0, 0, stop - end))
-        if dw_ENK.dtype == dy_RN.dtype:
+        # torch has no product of narrow operands with a wide result on the CPU: rounded once, then widened.
+        if accumulate and dw_ENK.dtype == dy_RN.dtype:
+            dw_ENK[expert].addmm_(dy_block.t(), x_RK[start:stop])
+        elif accumulate:
+            dw_ENK[expert] += dy_block.t() @ x_RK[start:stop]
+        elif dw_ENK.dtype == dy_RN.dtype:
             torch.mm(dy_block.t(), x_RK[start:stop], out=dw_ENK[expert])
-        else:  # torch has no product of narrow operands with a wide result on the CPU: rounded once, then widened
+        else:
             dw_ENK[expert] = dy_block.t() @ x_RK[start:stop]
         filled.add(expert)
-    for expert in set(range(counts_E.shape[0])) - filled:
+    for expert in set(range(0 if accumulate else counts_E.shape[0])) - filled:
         dw_ENK[expert].zero_()
 
 
@@ -160,8 +165,10 @@ def _k_grouped_wgrad_into(dy_RN: Tensor, x_RK: Tensor, counts_E: Tensor, into_EN
         from megagrin.kernels.grouped_gemm_triton import run_wgrad
 
         run_wgrad(dy_RN, x_RK, counts_E, torch.float32, into_ENK)
+    elif _use_grouped_mm(dy_RN, dy_RN.shape[1], x_RK.shape[1]):
+        into_ENK += torch._grouped_mm(dy_RN.t(), x_RK, offs=_offsets(counts_E))
     else:
-        into_ENK += _k_grouped_wgrad(dy_RN, x_RK, counts_E, into_ENK.dtype)
+        _wgrad_loop(dy_RN, x_RK, counts_E, into_ENK, accumulate=True)
 
 
 @_k_grouped_wgrad_into.register_fake

@@ -4,7 +4,7 @@ Applying the weight v before the down projection is exact because W_down has no 
 saved for v's gradient: dL/dv = <W_downᵀ·dL/dy, silu(g) ⊙ u>.
 
 Saved for backward: x (tokens, not their sorted copies, where a plan is given), the pre-activation h, and the routing. The
-activation is recomputed, and so is the copy of wide weights in the rows' dtype.
+activation is recomputed, and so is the copy of wide weights in the rows' dtype where none is given.
 
 Gate and up rows of W_gate_up are interleaved, row 2i the gate of feature i and row 2i + 1 its up: both meet in one thread of the
 kernels, and a cut of the rows at any even place leaves a smaller expert.
@@ -16,10 +16,11 @@ Shape suffixes: T tokens, R routed rows, K experts per token, D model width, F e
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, library
+from torch.autograd.function import once_differentiable
 
 from megagrin.kernels.backend import row_passes, tma_rows, use_triton
 from megagrin.kernels.grouped_gemm import check_grouped, check_same, k_grouped_wgrad, m_grouped, m_grouped_dgrad
@@ -48,11 +49,19 @@ class _Inputs(NamedTuple):
     counts_E: Tensor
     source_R: Tensor | None
     place_TK: Tensor | None
+    gate_up_copy_E2FD: Tensor | None = None
+    down_copy_EDF: Tensor | None = None
 
     def cast(self) -> "_Inputs":
         """With weights in x's dtype, and a backward weight in any case."""
-        weights = self.gate_up_E2FD.to(self.x.dtype), self.down_EDF.to(self.x.dtype)
-        return self._replace(gate_up_E2FD=weights[0], down_EDF=weights[1], b_R=self.v_R if self.b_R is None else self.b_R)
+        gate_up = self.gate_up_E2FD.to(self.x.dtype) if self.gate_up_copy_E2FD is None else self.gate_up_copy_E2FD
+        down = self.down_EDF.to(self.x.dtype) if self.down_copy_EDF is None else self.down_copy_EDF
+        return self._replace(gate_up_E2FD=gate_up, down_EDF=down, b_R=self.v_R if self.b_R is None else self.b_R)
+
+    def without_weights(self) -> "_Inputs":
+        """With empty weights of the same dtypes: what is kept for a later pass should not hold gathered ones in memory."""
+        gate_up, down = self.gate_up_E2FD.new_empty(0), self.down_EDF.new_empty(0)
+        return self._replace(gate_up_E2FD=gate_up, down_EDF=down, gate_up_copy_E2FD=None, down_copy_EDF=None)
 
     def use_kernels(self) -> bool:
         """Whether the Triton kernels take these."""
@@ -65,7 +74,8 @@ class _Inputs(NamedTuple):
 
 # The three operators share this one list; their functions take it as *args, which a schema in words allows.
 _SCHEMA = (
-    "Tensor x, Tensor gate_up_E2FD, Tensor down_EDF, Tensor v_R, Tensor? b_R, Tensor counts_E, Tensor? source_R, Tensor? place_TK"
+    "Tensor x, Tensor gate_up_E2FD, Tensor down_EDF, Tensor v_R, Tensor? b_R, Tensor counts_E, Tensor? source_R, "
+    "Tensor? place_TK, Tensor? gate_up_copy_E2FD, Tensor? down_copy_EDF"
 )
 _BACKWARD_SCHEMA = f"(Tensor dy_RD, Tensor h_R2F, {_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor)"
 
@@ -78,7 +88,7 @@ def _operator(name: str, schema: str) -> Callable[[Callable[..., Any]], library.
 def _expert_mlp(*args: Any) -> tuple[Tensor, Tensor]:
     """y (R, D) and h (R, 2F), or an h without rows where it is not needed."""
     save_h, inputs = args[-1], _Inputs(*args[:-1]).cast()
-    x, gate_up_E2FD, down_EDF, v_R, _, counts_E, source_R, place_TK = inputs
+    x, gate_up_E2FD, down_EDF, v_R, _, counts_E, source_R, place_TK, *_ = inputs
     if inputs.use_kernels():
         from megagrin.kernels.moe_mlp_triton import run_forward
 
@@ -128,25 +138,36 @@ def _up_dgrad(dh_R2F: Tensor, gate_up_E2FD: Tensor, counts_E: Tensor, source_R: 
     return dx if source_R is None or place_TK is None else gather_sum(dx, source_R, place_TK)
 
 
-@_operator("expert_mlp_backward", _BACKWARD_SCHEMA)
-def _expert_mlp_backward(dy_RD: Tensor, h_R2F: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, gate_up, down and v."""
-    given = _Inputs(*args)
-    inputs, dtypes = given.cast(), (given.gate_up_E2FD.dtype, given.down_EDF.dtype)
-    x, gate_up_E2FD, down_EDF, v_R, b_R, counts_E, source_R, place_TK = inputs
+def _gradients(
+    dy_RD: Tensor,
+    h_R2F: Tensor,
+    given: _Inputs,
+    dtypes: tuple[torch.dtype, torch.dtype],
+    into: tuple[Tensor | None, Tensor | None] = (None, None),
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, gate_up, down and v; of the weights in `dtypes`, or added to what `into` has, which then comes back."""
+    inputs = given.cast()
+    x, gate_up_E2FD, down_EDF, v_R, b_R, counts_E, source_R, place_TK, *_ = inputs
     assert b_R is not None
     if inputs.use_kernels():
         from megagrin.kernels.moe_mlp_triton import run_backward
 
         weights = (gate_up_E2FD, down_EDF, b_R)
-        dx, d_up, d_down, dv_R = run_backward(dy_RD, x, h_R2F, *weights, counts_E, source_R, place_TK, dtypes)
+        dx, d_up, d_down, dv_R = run_backward(dy_RD, x, h_R2F, *weights, counts_E, source_R, place_TK, dtypes, into)
         return dx, d_up, d_down, dv_R.to(v_R.dtype)
     dy_RD = dy_RD.contiguous()
     dh_R2F, act_RF, dv_R = _down_dgrad(dy_RD, h_R2F, down_EDF, b_R, counts_E)
-    d_down_EDF = k_grouped_wgrad(dy_RD, act_RF, counts_E, dtypes[1])
+    d_down_EDF = k_grouped_wgrad(dy_RD, act_RF, counts_E, dtypes[1], into[1])
     del act_RF  # before the next large buffers
-    d_gate_up_E2FD = k_grouped_wgrad(dh_R2F, inputs.rows(), counts_E, dtypes[0])
+    d_gate_up_E2FD = k_grouped_wgrad(dh_R2F, inputs.rows(), counts_E, dtypes[0], into[0])
     return _up_dgrad(dh_R2F, gate_up_E2FD, counts_E, source_R, place_TK), d_gate_up_E2FD, d_down_EDF, dv_R.to(v_R.dtype)
+
+
+@_operator("expert_mlp_backward", _BACKWARD_SCHEMA)
+def _expert_mlp_backward(dy_RD: Tensor, h_R2F: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, gate_up, down and v."""
+    given = _Inputs(*args)
+    return _gradients(dy_RD, h_R2F, given, (given.gate_up_E2FD.dtype, given.down_EDF.dtype))
 
 
 @_expert_mlp_backward.register_fake
@@ -159,7 +180,7 @@ def _(dy_RD: Tensor, h_R2F: Tensor, *args: Any) -> tuple[Tensor, ...]:
 def _expert_mlp_dgrad(dy_RD: Tensor, h_R2F: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x and v; of h, and the activation weighted by b, from which those of the weights follow."""
     inputs = _Inputs(*args).cast()
-    x, gate_up_E2FD, down_EDF, v_R, b_R, counts_E, source_R, place_TK = inputs
+    x, gate_up_E2FD, down_EDF, v_R, b_R, counts_E, source_R, place_TK, *_ = inputs
     assert b_R is not None
     if inputs.use_kernels():
         from megagrin.kernels.moe_mlp_triton import run_dgrad
@@ -187,7 +208,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
 def _backward(ctx: Any, dy_RD: Tensor | None, dh: None) -> tuple[Tensor | None, ...]:
     """All gradients at once, or in a pass for inputs only theirs, and in a second pass those of the weights."""
     if dy_RD is None:
-        return (None,) * 9
+        return (None,) * 11
     d_up: Tensor | None = None
     d_down: Tensor | None = None
     if ctx.for_weights is not None:
@@ -196,20 +217,61 @@ def _backward(ctx: Any, dy_RD: Tensor | None, dh: None) -> tuple[Tensor | None, 
         ctx.for_weights = None
         d_down = k_grouped_wgrad(dy_RD.contiguous(), act_RF, inputs.counts_E, inputs.down_EDF.dtype)
         d_up = k_grouped_wgrad(dh_R2F, inputs.rows(), inputs.counts_E, inputs.gate_up_E2FD.dtype)
-        return None, d_up, d_down, *(None,) * 6
+        return None, d_up, d_down, *(None,) * 8
     saved = ctx.saved_tensors
     if weights_later():
         dx, dv_R, dh_R2F, act_RF = _expert_mlp_dgrad(dy_RD, *saved)
-        inputs = _Inputs(*saved[1:])
-        # Of the weights only the dtypes are needed: what holds them until then would hold gathered ones in memory.
-        empty = inputs.gate_up_E2FD.new_empty(0), inputs.down_EDF.new_empty(0)
-        ctx.for_weights = (dh_R2F, act_RF, inputs._replace(gate_up_E2FD=empty[0], down_EDF=empty[1]))
+        ctx.for_weights = (dh_R2F, act_RF, _Inputs(*saved[1:]).without_weights())
     else:
         dx, d_up, d_down, dv_R = _expert_mlp_backward(dy_RD, *saved)
-    return dx, d_up, d_down, dv_R, None, None, None, None, None
+    return dx, d_up, d_down, dv_R, *(None,) * 7
 
 
 _expert_mlp.register_autograd(_backward, setup_context=_setup)
+
+
+class MainGrad(Protocol):
+    """Where the gradient of a weight is added up over micro-batches, in fp32 (fp64 beside fp64 rows)."""
+
+    def parameter(self) -> Tensor:
+        """What autograd knows the weight by: it makes sure that there is a backward pass."""
+
+    def total(self) -> Tensor | None:
+        """What has been added up in this step, contiguous and of the weight's local shape; None before the first gradient."""
+
+    def begin(self, gradient: Tensor) -> None:
+        """Take the step's first gradient for the total."""
+
+
+class _AddsUp(torch.autograd.Function):
+    """The operator with gradients of weights that autograd never sees: the kernels add them to the step's total.
+
+    The first one of a step is stored, not added to zeros: that would write the total twice and read it once.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, main_grads: tuple[MainGrad, MainGrad], *args: Any) -> Tensor:
+        """args: both parameters, and the operator's own arguments."""
+        y_RD, h_R2F = _expert_mlp(*args[2:])
+        ctx.main_grads = main_grads
+        ctx.save_for_backward(h_R2F, *args[2:-1])
+        ctx.set_materialize_grads(False)
+        return y_RD
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy_RD: Tensor | None) -> tuple[Tensor | None, ...]:
+        if dy_RD is None:
+            return (None,) * 14
+        h_R2F, *rest = ctx.saved_tensors
+        given = _Inputs(*rest)
+        totals = [main.total() for main in ctx.main_grads]
+        wide = torch.promote_types(given.x.dtype, torch.float32)
+        dx, d_up, d_down, dv_R = _gradients(dy_RD, h_R2F, given, (wide, wide), (totals[0], totals[1]))
+        for main, total, gradient in zip(ctx.main_grads, totals, (d_up, d_down), strict=True):
+            if total is None:
+                main.begin(gradient)
+        return None, None, None, dx, None, None, dv_R, *(None,) * 7
 
 
 def expert_mlp(
@@ -220,6 +282,8 @@ def expert_mlp(
     counts_E: Tensor,
     backward_weight_R: Tensor | None = None,
     plan: SortPlan | None = None,
+    copies: tuple[Tensor, Tensor] | None = None,
+    main_grads: tuple[MainGrad, MainGrad] | None = None,
 ) -> Tensor:
     """Run every expert on its block of rows.
 
@@ -232,6 +296,8 @@ def expert_mlp(
         counts_E: int64 (E,), rows per expert, zeros allowed, summing to R (not checked on CUDA).
         backward_weight_R: (R,) like weight_R: what weighs the gradient to the expert and to x instead; None means weight_R.
         plan: how the tokens of x are sorted into rows.
+        copies: gate_up and down in x's dtype, where float32 ones need not be cast anew. They are read again in backward.
+        main_grads: of gate_up and down: their gradients are added there by the kernels, and autograd is given none.
 
     Returns:
         (R, D), the weighted output of each row.
@@ -257,7 +323,21 @@ def expert_mlp(
             raise ValueError(
                 f"expert_mlp: {name} is {weight.dtype} on {weight.device}; it must be float32 or float64 on {x.device}"
             )
-    save_h = torch.is_grad_enabled() and any(t.requires_grad for t in (x, gate_up_E2FD, down_EDF, weight_R))
+    _check_copies(x, (gate_up_E2FD, down_EDF), copies)
+    differentiable = (x, gate_up_E2FD, down_EDF, weight_R, *(main.parameter() for main in main_grads or ()))
+    save_h = torch.is_grad_enabled() and any(t.requires_grad for t in differentiable)
     source_R, place_TK = (None, None) if plan is None else (plan.source_R, plan.place_TK)
-    args = (x, gate_up_E2FD, down_EDF, weight_R, backward_weight_R, counts_E, source_R, place_TK, save_h)
-    return _expert_mlp(*args)[0]
+    routing = (weight_R, backward_weight_R, counts_E, source_R, place_TK)
+    args = (x, gate_up_E2FD, down_EDF, *routing, *(copies or (None, None)), save_h)
+    if main_grads is None or not save_h:
+        return _expert_mlp(*args)[0]
+    return _AddsUp.apply(main_grads, *(main.parameter() for main in main_grads), *args)
+
+
+def _check_copies(x: Tensor, weights: tuple[Tensor, Tensor], copies: tuple[Tensor, Tensor] | None) -> None:
+    for name, weight, copy in zip(("gate_up", "down"), weights, copies or (), strict=False):
+        if (copy.shape, copy.dtype, copy.device) != (weight.shape, x.dtype, x.device):
+            raise ValueError(
+                f"expert_mlp: the copy of {name} {tuple(copy.shape)} {copy.dtype} on {copy.device} must be {x.dtype} of shape "
+                f"{tuple(weight.shape)} on {x.device}"
+            )

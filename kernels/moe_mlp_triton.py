@@ -268,19 +268,21 @@ def run_backward(
     source_R: Tensor | None,
     place_TK: Tensor | None,
     weight_dtypes: tuple[torch.dtype, torch.dtype],
+    into: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, of both weights in weight_dtypes, and of v (fp32)."""
+    """Gradients of x, of both weights in weight_dtypes (or added to those of `into`, fp32), and of v (fp32)."""
     if dy_RD.shape[0] == 0:
         d_gate_up, d_down = (
-            torch.zeros_like(w, dtype=dtype) for w, dtype in zip((gate_up_E2FD, down_EDF), weight_dtypes, strict=True)
+            torch.zeros_like(w, dtype=dtype) if total is None else total
+            for w, dtype, total in zip((gate_up_E2FD, down_EDF), weight_dtypes, into, strict=True)
         )
         return torch.zeros_like(x), d_gate_up, d_down, b_R.new_empty(0)
     dy_RD = dense(dy_RD)
     dh_R2F, act_RF, dv_R, schedule = _run_down_dgrad(dy_RD, h_R2F, down_EDF, b_R, counts_E)
-    d_down = run_wgrad(dy_RD, act_RF, counts_E, weight_dtypes[1], None, schedule.offsets)
+    d_down = run_wgrad(dy_RD, act_RF, counts_E, weight_dtypes[1], into[1], schedule.offsets)
     del act_RF, dy_RD  # before the next large buffers
     x_RD = x if place_TK is None else run_gather_rows(x, place_TK)
-    d_gate_up = run_wgrad(dh_R2F, x_RD, counts_E, weight_dtypes[0], None, schedule.offsets)
+    d_gate_up = run_wgrad(dh_R2F, x_RD, counts_E, weight_dtypes[0], into[0], schedule.offsets)
     del x_RD
     dx = run_m_grouped(dh_R2F, gate_up_E2FD, counts_E, dgrad=True, schedule=schedule)
     return dx if place_TK is None else run_gather_sum(dx, place_TK), d_gate_up, d_down, dv_R

@@ -1,5 +1,6 @@
 """What engines share: their configuration, the optimizer step, evaluation, and what goes into a checkpoint."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -41,6 +42,8 @@ class EngineConfig:
         zero: what the data-parallel ranks share besides the optimizer state. 1: nothing, gradients are summed up whole on each
             rank and reduced once a step; 2: gradients, reduced after each micro-batch and summed up in shards; 3: parameters,
             too, freed after each use and gathered again (see `megagrin.parallel.data.prepare_backward`).
+        weight_copies: native only, bf16: weights of which no other rank holds a part are kept in bf16, too, and cast once a step:
+            2 bytes a weight of memory. False casts them in every forward and every backward pass.
         recompute: activations that backward computes again: none; full: all but the blocks' inputs; selective: those of
             recompute_parts; budget: those of as few blocks as recompute_budget_gib asks for, by their shapes.
         recompute_parts: for selective, any of attention_core, expert_mlp, norms, router.
@@ -60,6 +63,7 @@ class EngineConfig:
     kind: Literal["native", "deepspeed"] = "native"
     dtype: Literal["bf16", "fp32", "fp64"] = "bf16"
     zero: Literal[1, 2, 3] = 3
+    weight_copies: bool = True
     recompute: RecomputeMode = "none"
     recompute_parts: tuple[RecomputePart, ...] = ("attention_core", "expert_mlp", "norms")
     recompute_budget_gib: float = 0.0
@@ -162,7 +166,7 @@ class Engine(ABC):
             model.to(torch.promote_types(self.compute_dtype, torch.float32))
         fuse_layer_norms(model, config.layer_norm, device)
         use_backend(attention_layers(model), model.attention_mask, config.attention, device, self.compute_dtype)
-        parallelize(model, self.mesh, self.compute_dtype, reshard, self._recompute(), config.compile)
+        parallelize(model, self.mesh, self.compute_dtype, reshard, self._recompute(), config.compile, config.weight_copies)
         return model
 
     def train_step(self, micro_batches: list[Batch], step: int, lr: float) -> StepResult:
@@ -185,9 +189,10 @@ class Engine(ABC):
                 "with data.document_attention a document of one token has none"
             )
         inputs: list[MicroBatch] = []
+        tokens_group = self.mesh.group("tokens")
         for batch in (slice_batch(batch, self.mesh) for batch in batches):
             draws = Draws(self.seed, step, sequence_slice(batch.token_index_BS, self.mesh).flatten())
-            inputs.append((batch, TrainRouting(draws, routed, self.previous_f_LE, self.mesh.group("tokens"))))
+            inputs.append((batch, TrainRouting(draws, routed, self.previous_f_LE, tokens_group)))
         sums = self.forward_backward(inputs, labelled)
         norm = self.update(step, lr)
         return self._result(sums, routed, labelled, norm)
@@ -305,16 +310,22 @@ class Engine(ABC):
         )
 
     def _result(self, sums: Tensor, routed: int, labelled: int, norm: Tensor) -> StepResult:
+        """Everything that the host learns of a step comes in one copy: each would wait for the device anew."""
         dist.all_reduce(sums)
-        loss = sums[0].item() / labelled
         if not self.is_moe:
-            return StepResult(loss, 0.0, 0.0, norm.item(), None)
-        stats = _unpack(sums[1:], self.previous_f_LE.shape)
+            loss_sum, grad_norm = torch.stack([sums[0], norm.double()]).tolist()
+            return StepResult(loss_sum / labelled, 0.0, 0.0, grad_norm, None)
+        shape = self.previous_f_LE.shape
+        stats = _unpack(sums[1:], shape)
         f_LE = load_fraction(stats.counts_LE, torch.float64)
         self.previous_f_LE.copy_(f_LE)
-        balance = balance_loss(f_LE, stats.prob_sum_LE / routed).mean().item()
-        z = (stats.z_sum_L / routed).mean().item()
-        return StepResult(loss, balance, z, norm.item(), stats.counts_LE.cpu())
+        balance = balance_loss(f_LE, stats.prob_sum_LE / routed).mean()
+        z = (stats.z_sum_L / routed).mean()
+        scalars = torch.stack([sums[0], balance, z, norm.double()])
+        numbers = torch.cat([scalars, stats.counts_LE.double().flatten()]).tolist()
+        loss_sum, balance_loss_, z_loss, grad_norm = numbers[:4]
+        counts_LE = torch.tensor(numbers[4:], dtype=torch.float64).long().view(shape)
+        return StepResult(loss_sum / labelled, balance_loss_, z_loss, grad_norm, counts_LE)
 
 
 def _unpack(vector: Tensor, shape: torch.Size) -> LayerStats:
@@ -322,12 +333,13 @@ def _unpack(vector: Tensor, shape: torch.Size) -> LayerStats:
     return LayerStats(counts.round().long().view(shape), probs.view(shape), z_sum_L)
 
 
-def require_finite(norm: Tensor, step: int) -> Tensor:
-    """Pass a gradient norm through.
+def require_finite(norm: Tensor, step: int) -> float:
+    """A gradient norm as a number. The host waits for it: nothing may be changed by a broken gradient.
 
     Raises:
         FloatingPointError: it is not finite.
     """
-    if not torch.isfinite(norm):
-        raise FloatingPointError(f"step {step + 1}: the gradient norm is {norm.item()}; the weights were not changed")
-    return norm
+    value = norm.item()
+    if not math.isfinite(value):
+        raise FloatingPointError(f"step {step + 1}: the gradient norm is {value}; the weights were not changed")
+    return value

@@ -11,9 +11,10 @@ from megagrin.data.loader import Batch
 from megagrin.engines.base import Engine, require_finite
 from megagrin.models.init import init_parameters
 from megagrin.models.transformer import Transformer
-from megagrin.optim.norm import clip_gradients, gradient_norm
+from megagrin.optim.norm import CLIP_EPS, clip_gradients, gradient_norm
 from megagrin.optim.optimizer import build_optimizer
 from megagrin.parallel.data import prepare_backward
+from megagrin.parallel.expert_weights import add_in_place, keep_copies
 from megagrin.parallel.pipeline import MicroBatch, Pipeline, Stages, run_part, stage_parts
 
 
@@ -34,6 +35,10 @@ class NativeEngine(Engine):
         self.model.to_empty(device=self.device)
         init_parameters(self.model, self.model_config, self.seed)
         self.parameters = list(self.model.parameters())
+        narrow = self.compute_dtype == torch.bfloat16
+        self.copied = keep_copies(self.model, self.compute_dtype) if narrow and self.config.weight_copies else []
+        if not (pipelined and mesh.config.pp_schedule == "zero_bubble"):
+            add_in_place(self.model, self.config.zero)
         self.optimizer = build_optimizer(self.model, self.optim_config, self.compute_dtype)
 
     def forward_backward(self, inputs: list[MicroBatch], divisor: int) -> Tensor:
@@ -51,13 +56,16 @@ class NativeEngine(Engine):
 
     def update(self, step: int, lr: float) -> Tensor:
         """See `Engine.update`."""
-        norm = require_finite(gradient_norm(self.parameters, self.mesh.size("pp")), step)
-        if self.optim_config.clip_norm > 0:
-            clip_gradients(self.parameters, norm, self.optim_config.clip_norm)
+        _free_gathered(self.model)  # those kept for the step's micro-batches will not be the weights of the next
+        norm, limit = gradient_norm(self.parameters, self.mesh.size("pp")), self.optim_config.clip_norm
+        if require_finite(norm, step) + CLIP_EPS > limit > 0:  # else a pass over all gradients would multiply by 1
+            clip_gradients(self.parameters, norm, limit)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
         self.optimizer.zero_grad()
+        for experts in self.copied:
+            experts.refresh_copies()
         return norm
 
     def evaluate(self, batches: list[Batch]) -> float:
@@ -85,12 +93,15 @@ class NativeEngine(Engine):
 
     def load_state(self, state: dict[str, Tensor], step: int) -> None:
         """See `Engine.load_state`: the tensors are the engine's own, filled in place."""
+        _free_gathered(self.model)
+        for experts in self.copied:
+            experts.refresh_copies()
         if "extra.previous_load" in state:
             store.set_steps(self.optimizer, step)
 
 
 def _free_gathered(model: nn.Module) -> None:
-    """Put the sharded parameters back: those of the last forward pass would stay registered until the next backward pass.
+    """Put the sharded parameters back: those of the last pass would stay registered until they are freed.
 
     Under their names a checkpoint would find parameters that the optimizer does not know.
     """

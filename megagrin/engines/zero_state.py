@@ -108,7 +108,9 @@ class ZeroState:
         device = self.named[next(iter(self.named))].device
         total = total.to(device)
         dist.all_reduce(total)
-        return require_finite(total.sqrt(), self.step).float()
+        norm = total.sqrt()
+        require_finite(norm, self.step)
+        return norm.float()
 
     def _partition_norms(self) -> list[tuple[Tensor, int]]:
         """Norms of what this rank holds of the reduced gradients, with the number of ranks that hold the same."""

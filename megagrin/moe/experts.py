@@ -7,8 +7,38 @@ import torch
 from torch import Tensor
 
 from megagrin.distributed.comm import local_tensor
-from megagrin.kernels.moe_mlp import expert_mlp
+from megagrin.kernels.moe_mlp import MainGrad, expert_mlp
 from megagrin.kernels.permute import SortPlan
+
+MATRICES = ("gate_up_proj", "down_proj")
+
+
+class WeightCopy:
+    """A parameter in the products' dtype, kept from step to step and filled anew, in place, when the parameter has changed.
+
+    A change is seen by the parameter's version, which every operation in place counts up. What writes past torch (apex's
+    optimizer) has to be followed by `refresh`.
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._dtype, self._version = dtype, -1
+        self._copy: Tensor | None = None
+
+    @torch.no_grad()
+    def of(self, weight: Tensor) -> Tensor:
+        """The copy of a local fp32 tensor, which must be the same one at every call."""
+        if self._copy is None or self._version != weight._version:
+            self.refresh(weight)
+        assert self._copy is not None
+        return self._copy
+
+    @torch.no_grad()
+    def refresh(self, weight: Tensor) -> None:
+        """Fill the copy from the weight, whether or not a change was seen."""
+        if self._copy is None or self._copy.device != weight.device:
+            self._copy = torch.empty_like(weight, dtype=self._dtype)
+        self._copy.copy_(weight)
+        self._version = weight._version
 
 
 class Experts(torch.nn.Module):
@@ -17,16 +47,30 @@ class Experts(torch.nn.Module):
     Attributes:
         gate_up_proj: (E, 2F, D), gate and up rows interleaved: row 2i is the gate of feature i, row 2i + 1 its up.
         down_proj: (E, D, F).
+        copies: of both matrices in the products' dtype, in the place of a cast in every pass; None casts.
+        main_grads: where the gradients of both are added up in place; None leaves them to autograd.
     """
 
     def __init__(self, n_experts: int, d_model: int, d_ff: int) -> None:
         super().__init__()
         self.gate_up_proj = torch.nn.Parameter(torch.empty(n_experts, 2 * d_ff, d_model))
         self.down_proj = torch.nn.Parameter(torch.empty(n_experts, d_model, d_ff))
+        self.copies: tuple[WeightCopy, WeightCopy] | None = None
+        self.main_grads: tuple[MainGrad, MainGrad] | None = None
 
     def forward(
         self, x: Tensor, weight_R: Tensor, counts_L: Tensor, backward_weight_R: Tensor | None, plan: SortPlan | None = None
     ) -> Tensor:
         """Weighted outputs of this rank's experts, (R, D); arguments as in `megagrin.kernels.moe_mlp.expert_mlp`."""
-        gate_up, down = local_tensor(self.gate_up_proj), local_tensor(self.down_proj)
-        return expert_mlp(x, gate_up, down, weight_R, counts_L, backward_weight_R, plan)
+        gate_up, down = (local_tensor(getattr(self, name)) for name in MATRICES)
+        copies = None
+        if self.copies is not None:
+            copies = self.copies[0].of(gate_up), self.copies[1].of(down)
+        if self.main_grads is not None:  # autograd must not look for gradients of these on its own ways
+            gate_up, down = gate_up.detach(), down.detach()
+        return expert_mlp(x, gate_up, down, weight_R, counts_L, backward_weight_R, plan, copies, self.main_grads)
+
+    def refresh_copies(self) -> None:
+        """After an optimizer step: in one place, and not in the first forward pass that needs them."""
+        for name, copy in zip(MATRICES, self.copies or (), strict=False):
+            copy.refresh(local_tensor(getattr(self, name)))

@@ -9,6 +9,8 @@ from torch.distributed.tensor import DTensor
 
 from megagrin.distributed.comm import local_tensor
 
+CLIP_EPS = 1e-6  # torch.nn.utils.clip_grad_norm_'s
+
 
 def _replicas(gradient: Tensor, ranks: int) -> int:
     """How many of the ranks hold each element."""
@@ -45,7 +47,7 @@ def gradient_norm(parameters: list[nn.Parameter], stages: int = 1) -> Tensor:
 
 
 def clip_gradients(parameters: list[nn.Parameter], norm: Tensor, max_norm: float) -> None:
-    """Scale all gradients by min(1, max_norm / norm)."""
+    """Scale all gradients by min(1, max_norm / (norm + CLIP_EPS))."""
     gradients = [local_tensor(parameter.grad) for parameter in parameters if parameter.grad is not None]
-    factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    factor = (max_norm / (norm + CLIP_EPS)).clamp(max=1.0)
     torch._foreach_mul_(gradients, factor.to(gradients[0].dtype))

@@ -42,7 +42,9 @@ def _replicated_small(model: nn.Module, mesh: ParallelMesh) -> list[nn.Module]:
     return [module for module in model.modules() if isinstance(module, nn.LayerNorm)] if mesh.size("tp") > 1 else []
 
 
-def shard_data_parallel(model: nn.Module, mesh: ParallelMesh, compute_dtype: torch.dtype, reshard: bool) -> None:
+def shard_data_parallel(
+    model: nn.Module, mesh: ParallelMesh, compute_dtype: torch.dtype, reshard: bool, keep_alone: bool = False
+) -> None:
     """Apply `fully_shard` to every layer's experts (where others hold the same), the routers, every block, and the model.
 
     Args:
@@ -50,6 +52,8 @@ def shard_data_parallel(model: nn.Module, mesh: ParallelMesh, compute_dtype: tor
         mesh: where to shard.
         compute_dtype: bf16 keeps fp32 master weights, computes in bf16 and reduces gradients in fp32; fp32 and fp64 just are.
         reshard: free gathered parameters after forward and gather again in backward (ZeRO-3); otherwise keep them.
+        keep_alone: keep what no other rank has a part of from one optimizer step to the next, whatever `reshard` says: "gathered"
+            means cast to compute_dtype there.
     """
     wide = MixedPrecisionPolicy(cast_forward_inputs=False)
     mixed = wide
@@ -68,14 +72,19 @@ def shard_data_parallel(model: nn.Module, mesh: ParallelMesh, compute_dtype: tor
         alone = {parameter for module in experts for parameter in module.parameters()}
 
     def shard(module: nn.Module | list[nn.Module], on: DeviceMesh, policy: MixedPrecisionPolicy, reshard_after: bool) -> None:
+        shards = on.size(on.ndim - 1)
+        keep = keep_alone and shards == 1
         fully_shard(
             module,
             mesh=on,
             mp_policy=policy,
-            reshard_after_forward=reshard_after,
-            shard_placement_fn=shard_placement(on.size(on.ndim - 1)),
+            reshard_after_forward=reshard_after and not keep,
+            shard_placement_fn=shard_placement(shards),
             ignored_params=alone,
         )
+        if keep:
+            for part in module if isinstance(module, list) else [module]:
+                part.set_reshard_after_backward(False, recurse=False)  # type: ignore[operator]  # an FSDPModule now
 
     if not alone:
         for shared in experts:

@@ -19,6 +19,7 @@ def parallelize(
     reshard: bool | None,
     recompute: Recompute,
     compiled: bool,
+    keep_alone: bool = False,
 ) -> None:
     """Apply every parallel dimension in place.
 
@@ -29,6 +30,7 @@ def parallelize(
         reshard: see `shard_data_parallel`; None leaves data parallelism to an engine that has its own.
         recompute: see `apply_recompute`.
         compiled: see `compile_dense`.
+        keep_alone: see `shard_data_parallel`.
     """
     if mesh.size("tp") > 1:
         shard_tensors(model, mesh)
@@ -40,4 +42,4 @@ def parallelize(
         compile_dense(model)
     apply_recompute(model, recompute)
     if reshard is not None:
-        shard_data_parallel(model, mesh, compute_dtype, reshard)
+        shard_data_parallel(model, mesh, compute_dtype, reshard, keep_alone)

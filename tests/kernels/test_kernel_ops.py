@@ -37,7 +37,8 @@ def mlp_arguments(with_plan: bool, own_backward_weight: bool) -> tuple:
     up, down = normal(4, 10, 6, seed=2).requires_grad_(), normal(4, 6, 5, seed=3).requires_grad_()
     v_R, b_R = normal(18, seed=4).requires_grad_(), normal(18, seed=5) if own_backward_weight else None
     routing = (plan.source_R, plan.place_TK) if with_plan else (None, None)
-    return x, up, down, v_R, b_R, plan.counts_E, *routing, True
+    copies = (up.detach() * 2, down.detach() * 2) if own_backward_weight else (None, None)
+    return x, up, down, v_R, b_R, plan.counts_E, *routing, *copies, True
 
 
 def op_cases() -> Iterator[tuple[str, Callable, tuple]]:

@@ -6,6 +6,7 @@ Shape suffixes: R routed rows, T tokens, K experts per token, D model width, F e
 import pytest
 import torch
 from interpreted import COUNTS, assert_near, expert_of_row, normal, poisoned_memory
+from sums import Sum
 from torch import Tensor
 
 from megagrin.kernels import grouped_gemm_triton, moe_mlp_triton, tuning
@@ -153,3 +154,29 @@ def test_fp32_masters_beside_bf16_rows() -> None:
         assert master.grad.dtype == torch.float32
         error = (master.grad.double() - exact[name]).norm() / exact[name].norm()
         assert error < 2e-4, "what is left are flips of the inner roundings"
+
+
+@pytest.mark.parametrize("with_plan", [False, True], ids=["rows", "plan"])
+def test_gradients_of_weights_are_added_in_memory(with_plan: bool) -> None:
+    """Two micro-batches and one without rows, on kept bf16 weights: the fp32 sum of what each gives by itself."""
+    masters = weights(3, 72, 40, torch.float32)
+    copies = masters[0].bfloat16(), masters[1].bfloat16()
+    leaves = [t.clone().requires_grad_() for t in masters]
+    sums, alone = (Sum(leaves[0]), Sum(leaves[1])), [torch.zeros_like(t) for t in masters]
+    for n_tokens in (21, 0, 13):
+        plan = sort_by_expert((torch.arange(n_tokens * 2).view(n_tokens, 2) * 2) % 3, 3)
+        x_TD, v_R = normal(n_tokens, 72, seed=n_tokens, dtype=torch.bfloat16), torch.rand(2 * n_tokens)
+        x = x_TD if with_plan else permute(x_TD, plan)
+        given_plan = plan if with_plan else None
+        dy_RD = normal(2 * n_tokens, 72, seed=4, dtype=torch.bfloat16)
+        separate = [t.clone().requires_grad_() for t in masters]
+        with poisoned_memory():
+            y_RD = expert_mlp(x, *separate, v_R, plan.counts_E, plan=given_plan)
+            for total, gradient in zip(alone, torch.autograd.grad(y_RD, separate, dy_RD), strict=True):
+                total += gradient
+            got_RD = expert_mlp(x, *masters, v_R, plan.counts_E, None, given_plan, copies, sums)
+            got_RD.backward(dy_RD)
+        assert torch.equal(got_RD, y_RD)
+    for total, expected in zip(sums, alone, strict=True):
+        assert total.begun == 1
+        torch.testing.assert_close(total.total(), expected, rtol=1e-6, atol=1e-7)
