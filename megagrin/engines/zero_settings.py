@@ -117,6 +117,8 @@ def violations(engine: EngineConfig, optim: OptimConfig, parallel: ParallelConfi
         broken.append(f"optim.kind: {optim.kind} {native} cuts matrices into flat partitions")
     if optim.fused_adam == "apex":
         broken.append(f"optim.fused_adam: apex {native} steps flat partitions by torch's AdamW, or by its own on the CPU")
+    if not engine.weight_copies:
+        broken.append(f"engine.weight_copies: false {native} holds weights in the products' dtype beside fp32 ones anyway")
     if engine.compile and engine.zero == 3:
         broken.append(f"engine.compile: true with engine.zero 3 {native}'s hooks would break every graph")
     broken += _offload_violations(engine)

@@ -68,6 +68,7 @@ def refusal(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
         (["--engine=deepspeed", "--parallel.pp=2"], "parallel.pp: 2 needs engine.kind native"),
         (["--engine", "deepspeed", "--optim.kind=muon"], "optim.kind: muon needs engine.kind native"),
         (["--engine=deepspeed", "--parallel.dp_replicate=2"], "parallel.dp_replicate: 2 needs engine.kind native"),
+        (["--engine=deepspeed", "--engine.weight_copies=false"], "engine.weight_copies: false needs engine.kind native"),
         (["--engine=deepspeed", "--engine.compile=true"], "engine.compile: true with engine.zero 3 needs engine.kind native"),
         (["--engine=deepspeed", "--optim.fused_adam=apex"], "optim.fused_adam: apex needs engine.kind native"),
         (
