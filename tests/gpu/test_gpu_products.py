@@ -154,3 +154,46 @@ def test_float32_masters_get_unrounded_gradients() -> None:
         assert got.dtype == torch.float32
         assert relative(got, exact[name]) < 1e-3, name
         assert (got != got.bfloat16().float()).any(), f"{name} was rounded to bf16"
+
+
+class _Sum:
+    """A main gradient, see `moe_mlp.MainGrad`."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self._weight, self._total = weight, None
+
+    def parameter(self) -> Tensor:
+        return self._weight
+
+    def total(self) -> Tensor | None:
+        return self._total
+
+    def begin(self, gradient: Tensor) -> None:
+        self._total = gradient
+
+
+def test_gradients_of_micro_batches_are_added_in_memory() -> None:
+    """On kept bf16 weights, from autograd's own thread: the fp32 sum of what each micro-batch gives, the same bits every time."""
+    d, f = 136, 72
+    masters = [normal(3, 2 * f, d, dtype=torch.float32).requires_grad_(), normal(3, d, f, dtype=torch.float32).requires_grad_()]
+    copies = masters[0].detach().bfloat16(), masters[1].detach().bfloat16()
+    parts = []
+    for counts in ([70, 0, 59], [0, 0, 0], [1, 200, 0]):
+        x, dy = (normal(sum(counts), d, dtype=torch.bfloat16) for _ in range(2))
+        parts.append((x, torch.rand(sum(counts), device="cuda") + 0.2, torch.tensor(counts, device="cuda"), dy))
+    expected = [torch.zeros_like(w) for w in masters]
+    for x, v_R, counts_E, dy in parts:
+        y = moe_mlp.expert_mlp(x, *masters, v_R, counts_E)
+        for total, gradient in zip(expected, torch.autograd.grad(y, masters, dy), strict=True):
+            total += gradient
+    totals = []
+    for _ in range(5):
+        sums = _Sum(masters[0]), _Sum(masters[1])
+        for x, v_R, counts_E, dy in parts:
+            weights = [w.detach() for w in masters]
+            moe_mlp.expert_mlp(x, *weights, v_R, counts_E, copies=copies, main_grads=sums).backward(dy)
+        totals.append([total.total() for total in sums])
+    for got, exact in zip(totals[0], expected, strict=True):
+        assert relative(got, exact) < FP32_ERROR
+    for again in totals[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(again, totals[0], strict=True))
