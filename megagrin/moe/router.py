@@ -26,6 +26,7 @@ from torch.autograd.function import once_differentiable
 
 from megagrin import rng
 from megagrin.kernels.backend import use_triton
+from megagrin.kernels.router_logits import router_logits
 from megagrin.kernels.sparsemixer import reproducible_softmax
 from megagrin.kernels.sparsemixer import sparsemixer as fused_sparsemixer
 
@@ -240,11 +241,11 @@ class Router(torch.nn.Module):
             Logits (T, E) in fp32 (fp64 under an fp64 router) and the routing.
         """
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
-        x_TD = x_TD.to(dtype)
+        if x_TD.dtype.itemsize > 2:
+            x_TD = x_TD.to(dtype)
         if draws is not None and self.config.kind == "gshard" and self.config.input_jitter > 0:
-            x_TD = x_TD * self._jitter(x_TD.shape[1], draws)
-        with torch.autocast(x_TD.device.type, enabled=False):
-            z_TE = torch.nn.functional.linear(x_TD, self.weight.to(dtype))
+            x_TD = x_TD.to(dtype) * self._jitter(x_TD.shape[1], draws)
+        z_TE = router_logits(x_TD, self.weight.to(dtype))
         if self.config.forced_balance:
             return z_TE, round_robin(z_TE, self.top_k)
         if self.config.kind == "gshard":
