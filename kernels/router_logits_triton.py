@@ -10,7 +10,7 @@ Shape suffixes: T tokens, E experts, D model width, S blocks of tokens of the we
 BD columns of a tile, BK the length of a step.
 """
 
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 import triton
@@ -18,10 +18,11 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from megagrin.kernels import backend
 from megagrin.kernels.grouped_gemm_triton import dense, dot, narrow
 from megagrin.kernels.launch import Launch
 
-_MAX_TILE_EXPERTS = 128
+_Op = Literal["logits", "dgrad", "wgrad"]
 
 
 @triton.jit
@@ -114,49 +115,79 @@ def router_wgrad_kernel(
     tl.store(part_ptr + place, total, mask=(column < D)[:, None] & (expert < E)[None, :])
 
 
-def _tile_experts(n_experts: int) -> int:
+class _Tile(NamedTuple):
+    """How a product is cut: tokens (of a step for the weight gradient), experts at most, columns (of a step for the logits)."""
+
+    tokens: int
+    experts: int
+    columns: int
+    num_warps: int
+    num_stages: int
+
+
+# Descriptors become pointers there, which take registers.
+_AMPERE: dict[_Op, _Tile] = {
+    "logits": _Tile(64, 32, 64, 4, 3),
+    "dgrad": _Tile(64, 32, 64, 4, 2),
+    "wgrad": _Tile(32, 32, 64, 4, 3),
+}
+
+
+def _tiles(op: _Op, n_experts: int, major: int) -> _Tile:
+    """Compiled without spills for each architecture; timed on none."""
+    if major == 8:
+        return _AMPERE[op]
+    few = n_experts <= 32
+    if op == "logits":
+        # Every program reads all weights of its experts: the more there are, the more tokens share them.
+        return _Tile(64, 32, 128, 4, 4) if few else _Tile(128, 128, 64, 8, 3)
+    return _Tile(128, 64, 128, 8, 2) if op == "dgrad" else _Tile(64, 128, 128, 4 if few else 8, 4)
+
+
+def _tile(op: _Op, n_experts: int, x: Tensor, major: int | None) -> _Tile:
+    tile = _tiles(op, n_experts, major or (backend.capability(x.device)[0] if x.is_cuda else 9))
     # A tensor core's least width is 16.
-    return min(_MAX_TILE_EXPERTS, max(16, triton.next_power_of_2(n_experts)))
+    return tile._replace(experts=min(tile.experts, max(16, triton.next_power_of_2(n_experts))))
 
 
 def _desc(x: Tensor, *block: int) -> Any:
     return TensorDescriptor.from_tensor(x, list(block))
 
 
-def _logits_launch(x_TD: Tensor, w_ED: Tensor, z_TE: Tensor) -> Launch:
+def _logits_launch(x_TD: Tensor, w_ED: Tensor, z_TE: Tensor, major: int | None = None) -> Launch:
     (n_tokens, width), n_experts = x_TD.shape, w_ED.shape[0]
-    tile = _tile_experts(n_experts)
-    # Every program reads all weights of its experts: the more there are, the more tokens share them.
-    block_m, block_k, warps, stages = (64, 128, 4, 4) if tile < 64 else (128, 64, 8, 3)
+    tile = _tile("logits", n_experts, x_TD, major)
     args = {
-        "x_desc": _desc(x_TD, block_m, block_k),
-        "w_desc": _desc(w_ED, tile, block_k),
+        "x_desc": _desc(x_TD, tile.tokens, tile.columns),
+        "w_desc": _desc(w_ED, tile.experts, tile.columns),
         "z_ptr": z_TE,
         "tokens": n_tokens,
         "D": width,
         "E": n_experts,
-        "BM": block_m,
-        "BE": tile,
-        "BK": block_k,
+        "BM": tile.tokens,
+        "BE": tile.experts,
+        "BK": tile.columns,
     }
-    return Launch(router_logits_kernel, (triton.cdiv(n_tokens, block_m) * triton.cdiv(n_experts, tile),), args, warps, stages)
+    grid = (triton.cdiv(n_tokens, tile.tokens) * triton.cdiv(n_experts, tile.experts),)
+    return Launch(router_logits_kernel, grid, args, tile.num_warps, tile.num_stages)
 
 
-def _dgrad_launch(dz_TE: Tensor, w_ED: Tensor, dx_TD: Tensor) -> Launch:
+def _dgrad_launch(dz_TE: Tensor, w_ED: Tensor, dx_TD: Tensor, major: int | None = None) -> Launch:
     (n_tokens, width), n_experts = dx_TD.shape, w_ED.shape[0]
-    tile, block_m, block_d = min(64, _tile_experts(n_experts)), 128, 128
+    tile = _tile("dgrad", n_experts, dx_TD, major)
     args = {
         "dz_ptr": dz_TE,
-        "w_desc": _desc(w_ED, tile, block_d),
-        "dx_desc": _desc(dx_TD, block_m, block_d),
+        "w_desc": _desc(w_ED, tile.experts, tile.columns),
+        "dx_desc": _desc(dx_TD, tile.tokens, tile.columns),
         "tokens": n_tokens,
         "D": width,
         "E": n_experts,
-        "BM": block_m,
-        "BD": block_d,
-        "BE": tile,
+        "BM": tile.tokens,
+        "BD": tile.columns,
+        "BE": tile.experts,
     }
-    return Launch(router_dgrad_kernel, (triton.cdiv(n_tokens, block_m) * triton.cdiv(width, block_d),), args, 8, 2)
+    grid = (triton.cdiv(n_tokens, tile.tokens) * triton.cdiv(width, tile.columns),)
+    return Launch(router_dgrad_kernel, grid, args, tile.num_warps, tile.num_stages)
 
 
 def _split_tokens(n_experts: int) -> int:
@@ -164,23 +195,23 @@ def _split_tokens(n_experts: int) -> int:
     return max(512, 16 * triton.next_power_of_2(n_experts))
 
 
-def _wgrad_launch(dz_TE: Tensor, x_TD: Tensor, part_SED: Tensor) -> Launch:
+def _wgrad_launch(dz_TE: Tensor, x_TD: Tensor, part_SED: Tensor, major: int | None = None) -> Launch:
     (n_tokens, width), (n_blocks, n_experts, _) = x_TD.shape, part_SED.shape
-    tile, block_d, block_k = _tile_experts(n_experts), 128, 64
+    tile = _tile("wgrad", n_experts, x_TD, major)
     args = {
         "dz_ptr": dz_TE,
-        "x_desc": _desc(x_TD, block_k, block_d),
+        "x_desc": _desc(x_TD, tile.tokens, tile.columns),
         "part_ptr": part_SED,
         "tokens": n_tokens,
         "D": width,
         "E": n_experts,
         "ROWS": _split_tokens(n_experts),
-        "BD": block_d,
-        "BE": tile,
-        "BK": block_k,
+        "BD": tile.columns,
+        "BE": tile.experts,
+        "BK": tile.tokens,
     }
-    grid = (n_blocks * triton.cdiv(width, block_d) * triton.cdiv(n_experts, tile),)
-    return Launch(router_wgrad_kernel, grid, args, 4 if tile < 64 else 8, 4)
+    grid = (n_blocks * triton.cdiv(width, tile.columns) * triton.cdiv(n_experts, tile.experts),)
+    return Launch(router_wgrad_kernel, grid, args, tile.num_warps, tile.num_stages)
 
 
 def run_logits(x_TD: Tensor, w_ED: Tensor) -> Tensor:
@@ -209,14 +240,14 @@ def run_wgrad(dz_TE: Tensor, x_TD: Tensor) -> Tensor:
     return part_SED.sum(0) if part_SED.shape[0] > 1 else part_SED[0]
 
 
-def compile_cases(dtype: torch.dtype) -> dict[str, Launch]:
-    """Launches of every kernel of this file on CPU tensors, for compiling without a GPU. Never run them."""
+def compile_cases(dtype: torch.dtype, major: int) -> dict[str, Launch]:
+    """Launches of every kernel of this file on CPU tensors, for compiling for a capability without a GPU. Never run them."""
     if dtype != torch.bfloat16:
         return {}
     cases = {}
     for n_experts, width in ((16, 4096), (128, 2048), (3, 72), (64, 2048), (1024, 4096)):
         x_TD, w_ED, z_TE = torch.empty(512, width, dtype=dtype), torch.empty(n_experts, width), torch.empty(512, n_experts)
-        cases[f"logits_{n_experts}"] = _logits_launch(x_TD, w_ED, z_TE)
-        cases[f"dgrad_{n_experts}"] = _dgrad_launch(z_TE, w_ED, x_TD)
-        cases[f"wgrad_{n_experts}"] = _wgrad_launch(z_TE, x_TD, torch.empty(1, n_experts, width))
+        cases[f"router_logits_{n_experts}"] = _logits_launch(x_TD, w_ED, z_TE, major)
+        cases[f"router_dgrad_{n_experts}"] = _dgrad_launch(z_TE, w_ED, x_TD, major)
+        cases[f"router_wgrad_{n_experts}"] = _wgrad_launch(z_TE, x_TD, torch.empty(1, n_experts, width), major)
     return cases

@@ -141,6 +141,8 @@ def block_bytes(model: ModelConfig, tokens: int, itemsize: int, tp: int = 1, ep:
         itemsize: bytes of a number of the compute dtype.
         tp, etp: what tokens, or rows of experts, are multiplied by where matrices are cut; the cut divides widths alike.
         ep: above 1 experts keep the rows that came to them, else the tokens that they gather rows from.
+
+    GShard's jitter, which multiplies fp32 tokens that its router then keeps, is not counted.
     """
     wide = max(4, itemsize)
     query, key_value = model.n_heads * model.head_dim, 2 * model.n_kv_heads * model.head_dim
@@ -148,14 +150,13 @@ def block_bytes(model: ModelConfig, tokens: int, itemsize: int, tp: int = 1, ep:
     # the kernel's order and in the projection's.
     per_token = itemsize * ((2 + tp) * model.d_model + 3 * query + key_value) + wide * (4 + model.n_heads)
     if model.is_moe:
-        # The router's input; its logits for two losses; each draw's softmax, mask and choice.
-        per_token += wide * (model.d_model + 2 * model.n_experts + 1) + model.top_k * (model.n_experts * (wide + 1) + 8)
+        # The router's input, which experts on one rank gather their rows from; its logits for two losses; each draw's softmax,
+        # mask and choice.
+        per_token += itemsize * model.d_model + wide * (2 * model.n_experts + 1) + model.top_k * (model.n_experts * (wide + 1) + 8)
         # What each row becomes before the activation, its two weights, and three indices of where it came from and goes.
         per_token += model.top_k * (itemsize * 2 * model.d_ff + 2 * wide + 24)
         if ep > 1 or etp > 1:
             per_token += (model.top_k if ep > 1 else 1) * itemsize * etp * model.d_model
-        elif itemsize < wide:  # else it is the router's input
-            per_token += itemsize * model.d_model
     else:
         per_token += itemsize * (tp * model.d_model + 4 * model.d_ff)
     return tokens * per_token

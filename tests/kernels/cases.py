@@ -1,7 +1,7 @@
 """What is compiled offline: every kernel with every choice of blocks that the fallback, the candidates of tuning and the
 tables of the repository can give it.
 
-A module of kernels either offers `compile_cases(dtype[, blocks]) -> {name: Launch}` or has an entry in `_BUILDERS`.
+A module of kernels either offers `compile_cases(dtype[, blocks][, major]) -> {name: Launch}` or has an entry in `_BUILDERS`.
 """
 
 import ast
@@ -79,12 +79,13 @@ class Case:
         blocks: dict[Op, BlockConfig] = {op: tuning.fallback(op, dtype, self.arch // 10) for op in OPS}
         if self.op is not None and self.blocks is not None:
             blocks[self.op] = self.blocks
-        _launches(module, dtype, blocks)[self.launch].run()
+        _launches(module, dtype, blocks, self.arch // 10)[self.launch].run()
 
 
-def _launches(module: Any, dtype: torch.dtype, blocks: dict[Op, BlockConfig]) -> dict[str, Any]:
-    takes_blocks = "blocks" in inspect.signature(module.compile_cases).parameters
-    return module.compile_cases(dtype, blocks) if takes_blocks else module.compile_cases(dtype)
+def _launches(module: Any, dtype: torch.dtype, blocks: dict[Op, BlockConfig], major: int) -> dict[str, Any]:
+    offered = {"blocks": blocks, "major": major}
+    taken = {name: offered[name] for name in inspect.signature(module.compile_cases).parameters if name in offered}
+    return module.compile_cases(dtype, **taken)
 
 
 # Which op's blocks a launch of `compile_cases` takes.
@@ -120,7 +121,7 @@ def _block_cases(module: Any, name: str) -> list[Case]:
         if dtype == "fp16" and arch != 90:
             continue  # compiles as bf16 does
         blocks = {op: tuning.fallback(op, _DTYPES[dtype], arch // 10) for op in OPS}
-        for launch in _launches(module, _DTYPES[dtype], blocks):
+        for launch in _launches(module, _DTYPES[dtype], blocks, arch // 10):
             cases.append(Case(name, launch, arch, dtype))
             op = op_of(launch)
             if op is not None and dtype == "bf16":

@@ -14,6 +14,7 @@ from megagrin.kernels import grouped_gemm as gemm
 from megagrin.kernels.cross_entropy import linear_cross_entropy
 from megagrin.kernels.moe_mlp import expert_mlp
 from megagrin.kernels.permute import permute, sort_by_expert, unpermute
+from megagrin.kernels.router_logits import router_logits
 from megagrin.kernels.sparsemixer import sparsemixer
 
 
@@ -120,6 +121,16 @@ def test_cross_entropy() -> None:
         label[2] = wrong
         with pytest.raises((RuntimeError, IndexError), match="out of"):
             linear_cross_entropy(x, w, None, label)
+
+
+def test_router_logits() -> None:
+    x, w = torch.zeros(4, 3), torch.zeros(2, 3)
+    for arguments in ((x[:, :2], w), (x[0], w), (x, w[0]), (x[None], w)):
+        refused(r"router_logits: x .* and w .* must be \(T, D\) and \(E, D\) with one D", router_logits, *arguments)
+    refused(r"w is torch.bfloat16; it must be float32 or float64", router_logits, x, w.bfloat16())
+    refused(r"x is torch.int32; it must be float32, float64, bfloat16 or float16", router_logits, x.int(), w)
+    for wrong in ((x.double(), w), (x, w.double()), (x.bfloat16(), elsewhere(2, 3)), (elsewhere(4, 3), w)):
+        refused(r"x is .* on .*, w is .* on .*; x must be bfloat16, float16 or of w's dtype, on one device", router_logits, *wrong)
 
 
 def test_fused_router_names_the_device() -> None:

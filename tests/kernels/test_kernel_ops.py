@@ -15,9 +15,10 @@ from megagrin.kernels.cross_entropy import linear_cross_entropy
 from megagrin.kernels.grouped_gemm import grouped_gemm, k_grouped_wgrad
 from megagrin.kernels.moe_mlp import expert_mlp
 from megagrin.kernels.permute import permute, sort_by_expert, unpermute
+from megagrin.kernels.router_logits import router_logits
 from megagrin.moe.balance import BalanceConfig
 from megagrin.moe.layer import MoELayer
-from megagrin.moe.router import RouterConfig
+from megagrin.moe.router import Draws, Router, RouterConfig
 
 torch.set_num_threads(1)
 OPS = torch.ops.megagrin
@@ -53,6 +54,11 @@ def op_cases() -> Iterator[tuple[str, Callable, tuple]]:
     yield "sort", OPS.sort_by_expert, (expert_choices(9, 2, 4), 4)
     yield "gather_rows", OPS.gather_rows, (normal(9, 6, seed=1).requires_grad_(), plan.source_R, plan.place_TK)
     yield "gather_sum", OPS.gather_sum, (normal(18, 6, seed=1).requires_grad_(), plan.source_R, plan.place_TK)
+    x_bf16 = x.bfloat16()
+    yield "router_logits", OPS.router_logits, (x_bf16.clone().requires_grad_(), w[0].clone().requires_grad_())
+    yield "router_logits weights only", OPS.router_logits, (x.half(), w[0].clone().requires_grad_())
+    yield "router_dgrad", OPS.router_dgrad, (dy, x_bf16, w[0])
+    yield "router_wgrad", OPS.router_wgrad, (dy, x_bf16)
     for with_plan in (False, True):
         arguments = mlp_arguments(with_plan, own_backward_weight=with_plan)
         yield f"mlp plan={with_plan}", OPS.expert_mlp, arguments
@@ -119,11 +125,15 @@ def test_fake_tensors_go_through() -> None:
         x_TD, v_R = torch.empty(9, 6, dtype=torch.bfloat16, requires_grad=True), torch.empty(18, requires_grad=True)
         up, down = torch.empty(4, 10, 6, requires_grad=True), torch.empty(4, 6, 5, requires_grad=True)
         y_TD = unpermute(expert_mlp(x_TD, up, down, v_R, plan.counts_E, plan=plan), plan)
+        w_ED = torch.empty(4, 6, requires_grad=True)
+        z_TE = router_logits(y_TD, w_ED)
+        assert (z_TE.shape, z_TE.dtype) == ((9, 4), torch.float32)
+        z_TE.sum().backward(retain_graph=True)
         w_VD, b_V = (torch.empty(*shape, dtype=torch.bfloat16, requires_grad=True) for shape in ((11, 6), (11,)))
         loss = linear_cross_entropy(y_TD, w_VD, b_V, torch.zeros(9, dtype=torch.int64))
         assert (loss.shape, loss.dtype) == ((), torch.float32)
         loss.backward()
-        for leaf in (x_TD, up, down, v_R, w_VD, b_V):
+        for leaf in (x_TD, up, down, v_R, w_ED, w_VD, b_V):
             assert (leaf.grad.shape, leaf.grad.dtype) == (leaf.shape, leaf.dtype)
         assert (y_TD.shape, y_TD.dtype) == (x_TD.shape, torch.bfloat16)
 
@@ -168,6 +178,23 @@ def test_bytes_saved_for_backward() -> None:
     beyond_h = 2 * rows * (d_model + d_ff)  # sorted x and act
     # silu(gate) too, y in two dtypes: how many copies a layer of single ops keeps depends on how it is written.
     assert saved_bytes(naive, [up, down]) >= two_bytes - 2 * n_tokens * d_model + beyond_h + 2 * rows * d_model
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_router_saves_its_input_as_it_is(dtype: torch.dtype) -> None:
+    """No wide copy of the tokens: of T × D numbers only the given ones are kept, which the experts keep, too."""
+    router = Router(48, 4, 2, 0, RouterConfig(mask_eps=0.3))
+    torch.nn.init.normal_(router.weight, std=0.1)
+    x_TD, kept = normal(64, 48, seed=1, dtype=dtype).requires_grad_(), list[Tensor]()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        z_TE, routing = router(x_TD, Draws(0, 0, torch.arange(64)))
+    tokens = [t for t in kept if t.numel() >= x_TD.numel()]
+    assert {t.untyped_storage().data_ptr() for t in tokens} == {x_TD.untyped_storage().data_ptr()}
+    assert saved_bytes(lambda: router_logits(x_TD, router.weight), [router.weight]) == x_TD.untyped_storage().nbytes()
+    wide = saved_bytes(lambda: torch.nn.functional.linear(x_TD.float() * 1, router.weight), [router.weight])
+    assert wide == 4 * x_TD.numel()
+    (z_TE.sum() + routing.weight_TK.sum()).backward()
+    assert x_TD.grad.dtype == dtype
 
 
 def test_plan_gives_what_rows_give() -> None:

@@ -61,6 +61,13 @@ def test_against_fp64(shape: tuple[int, int, int]) -> None:
     within(leaves[0].grad, dz @ w, 1.01 * rounding + 3 * 2.0**-16 * (dz.abs() @ w.abs()), 1.0)
 
 
+@pytest.mark.parametrize("shape", [(65, 16, 136), (67, 40, 72)], ids=str)
+def test_other_tiles(shape: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of capability 8, which have several blocks of experts sooner."""
+    monkeypatch.setattr(router_logits_triton, "_tiles", lambda op, n_experts, major: router_logits_triton._AMPERE[op])
+    test_against_fp64(shape)
+
+
 @pytest.mark.parametrize("shape", SHAPES[1:], ids=str)
 def test_bounds_notice_bf16_weights(shape: tuple[int, int, int]) -> None:
     """Weights, or gradients of logits, rounded to bf16 are outside of the bounds above."""
