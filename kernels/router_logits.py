@@ -19,7 +19,9 @@ from megagrin.kernels.split_backward import weights_later
 
 
 def _use_kernels(x_TD: Tensor, w_ED: Tensor) -> bool:
-    return x_TD.dtype == torch.bfloat16 and w_ED.dtype == torch.float32 and use_triton(x_TD) and tma_rows(x_TD.dtype, x_TD.shape[1])
+    """w_ED: the weights, or another tensor of their dtype."""
+    taken = x_TD.dtype == torch.bfloat16 and w_ED.dtype == torch.float32
+    return taken and use_triton(x_TD) and tma_rows(x_TD.dtype, x_TD.shape[1])
 
 
 def _exact(device: torch.device) -> torch.autocast:
@@ -116,9 +118,7 @@ def router_logits(x_TD: Tensor, w_ED: Tensor) -> Tensor:
         ValueError: shapes, dtypes or devices that do not fit.
     """
     if x_TD.dim() != 2 or w_ED.dim() != 2 or x_TD.shape[1] != w_ED.shape[1]:
-        raise ValueError(
-            f"router_logits: x {tuple(x_TD.shape)} and w {tuple(w_ED.shape)} must be (T, D) and (E, D) with one D"
-        )
+        raise ValueError(f"router_logits: x {tuple(x_TD.shape)} and w {tuple(w_ED.shape)} must be (T, D) and (E, D) with one D")
     if w_ED.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"router_logits: w is {w_ED.dtype}; it must be float32 or float64")
     check_float("router_logits: x", x_TD)

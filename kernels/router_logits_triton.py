@@ -6,8 +6,8 @@ therefore added to the running sum by the ordinary, rounding units.
 
 Callers hold: x is bf16, rows are multiples of 16 bytes, tensors are contiguous and not empty.
 
-Shape suffixes: T tokens, E experts, D model width, S blocks of tokens of the weight gradient. In kernels: BM tokens, BE experts and
-BD columns of a tile, BK the length of a step.
+Shape suffixes: T tokens, E experts, D model width, S blocks of tokens of the weight gradient. In kernels: BM tokens, BE experts
+and BD columns of a tile, BK the length of a step.
 """
 
 from typing import Any, Literal, NamedTuple

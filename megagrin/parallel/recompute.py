@@ -150,9 +150,10 @@ def block_bytes(model: ModelConfig, tokens: int, itemsize: int, tp: int = 1, ep:
     # the kernel's order and in the projection's.
     per_token = itemsize * ((2 + tp) * model.d_model + 3 * query + key_value) + wide * (4 + model.n_heads)
     if model.is_moe:
-        # The router's input, which experts on one rank gather their rows from; its logits for two losses; each draw's softmax,
-        # mask and choice.
-        per_token += itemsize * model.d_model + wide * (2 * model.n_experts + 1) + model.top_k * (model.n_experts * (wide + 1) + 8)
+        # The router's input, which experts on one rank gather their rows from.
+        per_token += itemsize * model.d_model
+        # Its logits for two losses; each draw's softmax, mask and choice.
+        per_token += wide * (2 * model.n_experts + 1) + model.top_k * (model.n_experts * (wide + 1) + 8)
         # What each row becomes before the activation, its two weights, and three indices of where it came from and goes.
         per_token += model.top_k * (itemsize * 2 * model.d_ff + 2 * wide + 24)
         if ep > 1 or etp > 1:

@@ -130,7 +130,9 @@ def test_router_logits() -> None:
     refused(r"w is torch.bfloat16; it must be float32 or float64", router_logits, x, w.bfloat16())
     refused(r"x is torch.int32; it must be float32, float64, bfloat16 or float16", router_logits, x.int(), w)
     for wrong in ((x.double(), w), (x, w.double()), (x.bfloat16(), elsewhere(2, 3)), (elsewhere(4, 3), w)):
-        refused(r"x is .* on .*, w is .* on .*; x must be bfloat16, float16 or of w's dtype, on one device", router_logits, *wrong)
+        refused(
+            r"x is .* on .*, w is .* on .*; x must be bfloat16, float16 or of w's dtype, on one device", router_logits, *wrong
+        )
 
 
 def test_fused_router_names_the_device() -> None:
