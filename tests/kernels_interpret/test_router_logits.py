@@ -140,7 +140,7 @@ def test_a_broken_number_stays_where_it_is(value: float) -> None:
 
 def test_weight_gradient_over_blocks_of_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same bits every time; other blocks of tokens change the last ones only."""
-    x_TD, w_ED, dz_TE = inputs(1030, 5, 40)
+    x_TD, _, dz_TE = inputs(1030, 5, 40)
     whole = router_logits_triton.run_wgrad(dz_TE, x_TD)
     assert torch.equal(router_logits_triton.run_wgrad(dz_TE, x_TD), whole)
     monkeypatch.setattr(router_logits_triton, "_split_tokens", lambda n_experts: 2048)
