@@ -14,6 +14,10 @@ from torch import Tensor
 # Programs of a persistent kernel under the interpreter: more than one, so that the tile loop's stride is exercised.
 _INTERPRETED_PROGRAMS = 3
 _MIN_CAPABILITY = (8, 0)
+# Names that MEGAGRIN_KERNELS switches off one by one: those of the files here.
+OPS = ("grouped_gemm", "moe_mlp", "permute", "sparsemixer", "cross_entropy", "router_logits")
+# The kernels of the expert MLP launch those of these ops, so they are off where one of these is.
+_LAUNCHES = {"moe_mlp": ("grouped_gemm", "permute")}
 # TMA addresses rows whose pitch is a multiple of this; the same holds for what the kernels' tensor descriptors accept anywhere.
 _TMA_BYTES = 16
 
@@ -23,11 +27,18 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def _reference_forced() -> bool:
-    choice = os.environ.get("MEGAGRIN_KERNELS", "auto")
-    if choice not in ("auto", "torch"):
-        raise ValueError(f"MEGAGRIN_KERNELS: {choice!r} must be auto or torch")
-    return choice == "torch"
+@functools.cache
+def _switched_off(choice: str) -> frozenset[str]:
+    """Ops that a value of MEGAGRIN_KERNELS sends to the reference."""
+    if choice == "torch":
+        return frozenset(OPS)
+    first, *rest = choice.split(",")
+    if first != "auto" or not all(part.startswith("-") and part[1:] in OPS for part in rest):
+        raise ValueError(
+            f"MEGAGRIN_KERNELS: {choice!r} must be auto, torch, or auto followed by any of {' '.join(f',-{op}' for op in OPS)}"
+        )
+    off = {part[1:] for part in rest}
+    return frozenset(off | {op for op, launched in _LAUNCHES.items() if off.intersection(launched)})
 
 
 @functools.cache
@@ -69,16 +80,23 @@ def row_passes(rows: int, width: int, temporaries: int, device: torch.device) ->
         yield slice(start, min(start + step, rows))
 
 
-def use_triton(x: Tensor) -> bool:
+def use_triton(x: Tensor, op: str) -> bool:
     """Whether an op on x takes its Triton kernel.
 
     True on CUDA devices of compute capability 8.0 and newer where Triton is installed, and for CPU tensors under
-    TRITON_INTERPRET=1. False for float64, and everywhere with MEGAGRIN_KERNELS=torch.
+    TRITON_INTERPRET=1. False for float64, everywhere with MEGAGRIN_KERNELS=torch, and for single ops with
+    MEGAGRIN_KERNELS=auto,-sparsemixer,-permute (the expert MLP, whose kernels launch those of grouped_gemm and permute, goes with
+    either).
+
+    Args:
+        x: what the op works on.
+        op: one of `OPS`.
 
     Raises:
-        ValueError: MEGAGRIN_KERNELS is neither auto nor torch.
+        ValueError: MEGAGRIN_KERNELS is none of these.
     """
-    if x.dtype == torch.float64 or _reference_forced() or not _triton_installed():
+    off = op in _switched_off(os.environ.get("MEGAGRIN_KERNELS", "auto"))
+    if x.dtype == torch.float64 or off or not _triton_installed():
         return False
     return capability(x.device) >= _MIN_CAPABILITY if x.is_cuda else interpreted()
 

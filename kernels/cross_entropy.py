@@ -58,7 +58,7 @@ def cross_entropy_statistics(logit_CV: Tensor, label_C: Tensor, first: int) -> t
     if 0 in logit_CV.shape:
         zero_C = torch.zeros(logit_CV.shape[0], dtype=wide, device=logit_CV.device)
         return zero_C - torch.inf, zero_C, zero_C.clone()
-    if use_triton(logit_CV):
+    if use_triton(logit_CV, "cross_entropy"):
         from megagrin.kernels import cross_entropy_triton
 
         return cross_entropy_triton.statistics(logit_CV, label_C, first)
@@ -89,7 +89,7 @@ def cross_entropy_gradient_(logit_CV: Tensor, label_C: Tensor, lse_C: Tensor, fi
     """
     if 0 in logit_CV.shape:
         return
-    if use_triton(logit_CV):
+    if use_triton(logit_CV, "cross_entropy"):
         from megagrin.kernels import cross_entropy_triton
 
         cross_entropy_triton.gradient_(logit_CV, label_C, lse_C, first, IGNORE)
@@ -184,7 +184,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             part = slice(start, start + block)
             x_CD, label_C = x_TD[part], label_T[part].contiguous()
             logit_CV = torch.nn.functional.linear(x_CD, w_VD, b_V)
-            if shard is None and not use_triton(logit_CV):
+            if shard is None and not use_triton(logit_CV, "cross_entropy"):
                 block_loss, narrow_CV = _reference_loss_and_gradient_(logit_CV, label_C, db_V, with_grad)
             else:
                 block_loss, narrow_CV = _loss_and_gradient_(logit_CV.contiguous(), label_C, shard, with_grad)

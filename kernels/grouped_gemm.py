@@ -126,7 +126,7 @@ def _wgrad_loop(dy_RN: Tensor, x_RK: Tensor, counts_E: Tensor, dw_ENK: Tensor, a
 
 @library.custom_op("megagrin::m_grouped", mutates_args=())
 def _m_grouped(x_RK: Tensor, w_ENK: Tensor, counts_E: Tensor, dgrad: bool) -> Tensor:
-    if use_triton(x_RK) and tma_rows(x_RK.dtype, *w_ENK.shape[1:]):
+    if use_triton(x_RK, "grouped_gemm") and tma_rows(x_RK.dtype, *w_ENK.shape[1:]):
         from megagrin.kernels.grouped_gemm_triton import run_m_grouped
 
         return run_m_grouped(x_RK, w_ENK, counts_E, dgrad)
@@ -143,7 +143,7 @@ def _(x_RK: Tensor, w_ENK: Tensor, counts_E: Tensor, dgrad: bool) -> Tensor:
 
 @library.custom_op("megagrin::k_grouped_wgrad", mutates_args=())
 def _k_grouped_wgrad(dy_RN: Tensor, x_RK: Tensor, counts_E: Tensor, out_dtype: torch.dtype) -> Tensor:
-    if use_triton(dy_RN) and tma_rows(dy_RN.dtype, dy_RN.shape[1], x_RK.shape[1]):
+    if use_triton(dy_RN, "grouped_gemm") and tma_rows(dy_RN.dtype, dy_RN.shape[1], x_RK.shape[1]):
         from megagrin.kernels.grouped_gemm_triton import run_wgrad
 
         return run_wgrad(dy_RN, x_RK, counts_E, out_dtype, None)
@@ -161,7 +161,7 @@ def _(dy_RN: Tensor, x_RK: Tensor, counts_E: Tensor, out_dtype: torch.dtype) -> 
 
 @library.custom_op("megagrin::k_grouped_wgrad_", mutates_args={"into_ENK"})
 def _k_grouped_wgrad_into(dy_RN: Tensor, x_RK: Tensor, counts_E: Tensor, into_ENK: Tensor) -> None:
-    if use_triton(dy_RN) and tma_rows(dy_RN.dtype, dy_RN.shape[1], x_RK.shape[1]):
+    if use_triton(dy_RN, "grouped_gemm") and tma_rows(dy_RN.dtype, dy_RN.shape[1], x_RK.shape[1]):
         from megagrin.kernels.grouped_gemm_triton import run_wgrad
 
         run_wgrad(dy_RN, x_RK, counts_E, torch.float32, into_ENK)

@@ -65,7 +65,7 @@ class _Inputs(NamedTuple):
 
     def use_kernels(self) -> bool:
         """Whether the Triton kernels take these."""
-        return use_triton(self.x) and tma_rows(self.x.dtype, *self.down_EDF.shape[1:])
+        return use_triton(self.x, "moe_mlp") and tma_rows(self.x.dtype, *self.down_EDF.shape[1:])
 
     def rows(self) -> Tensor:
         """(R, D): x sorted by expert."""

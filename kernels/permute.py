@@ -42,7 +42,7 @@ class SortPlan:
 
 @library.custom_op("megagrin::sort_by_expert", mutates_args=())
 def _sort(expert_TK: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    if use_triton(expert_TK):
+    if use_triton(expert_TK, "permute"):
         from megagrin.kernels.permute_triton import run_sort
 
         return run_sort(expert_TK, n_experts)
@@ -81,7 +81,7 @@ def sort_by_expert(expert_TK: Tensor, n_experts: int) -> SortPlan:
 
 
 def _use_kernels(x: Tensor) -> bool:
-    return use_triton(x) and x.dtype in _KERNEL_DTYPES and x.shape[1] >= _MIN_WIDTH
+    return use_triton(x, "permute") and x.dtype in _KERNEL_DTYPES and x.shape[1] >= _MIN_WIDTH
 
 
 @library.custom_op("megagrin::gather_rows", mutates_args=())

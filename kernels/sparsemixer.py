@@ -185,10 +185,10 @@ def sparsemixer(
             f"sparsemixer: token {tuple(token_T.shape)} {token_T.dtype} on {token_T.device} must be "
             f"({z_TE.shape[0]},) int64 on {z_TE.device}"
         )
-    if not use_triton(z_TE):
+    if not use_triton(z_TE, "sparsemixer"):
         raise ValueError(
             f"sparsemixer: z is on {z_TE.device}; the fused router needs CUDA of capability 8.0 with Triton, and not "
-            "MEGAGRIN_KERNELS=torch"
+            "switched off by MEGAGRIN_KERNELS"
         )
     if mask_rule not in ("code", "paper"):
         raise ValueError(f"sparsemixer: mask_rule {mask_rule!r} must be code or paper")

@@ -250,7 +250,7 @@ class Router(torch.nn.Module):
             return z_TE, round_robin(z_TE, self.top_k)
         if self.config.kind == "gshard":
             return z_TE, gshard(z_TE, self.top_k)
-        if use_triton(z_TE):
+        if use_triton(z_TE, "sparsemixer"):
             return z_TE, self._fused(z_TE, draws)
         words_TW = None
         if draws is not None:
