@@ -21,7 +21,7 @@ from megagrin.kernels.split_backward import weights_later
 def _use_kernels(x_TD: Tensor, w_ED: Tensor) -> bool:
     """w_ED: the weights, or another tensor of their dtype."""
     taken = x_TD.dtype == torch.bfloat16 and w_ED.dtype == torch.float32
-    return taken and use_triton(x_TD) and tma_rows(x_TD.dtype, x_TD.shape[1])
+    return taken and use_triton(x_TD, "router_logits") and tma_rows(x_TD.dtype, x_TD.shape[1])
 
 
 def _exact(device: torch.device) -> torch.autocast:
