@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 # Two processes of one thread each: on two cores one works while the other waits for ranks to start.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-.PHONY: help setup quickstart control test test-slow test-all combinations lint hooks format types gpu bench mutants clean
+.PHONY: help setup quickstart control test test-slow test-all combinations lint hooks format types gpu gpu-wheels bench mutants clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -56,8 +56,11 @@ format: setup  ## rewrite files in the project's format
 types: setup  ## mypy
 	@$(BIN)/mypy
 
-gpu:  ## everything that needs a GPU, in 10 minutes or two HALFs (first, second), into OUT (default runs/gpu); installs nothing
+gpu:  ## everything that needs a GPU, in two HALFs (first: 5 minutes, second: 6; default both), into OUT (runs/gpu); installs nothing
 	@launch/gpu.sh
+
+gpu-wheels:  ## pytest and its needs for a machine with a GPU and no network, into WHEELS (wheels/), which must travel along
+	@launch/gpu_wheels.sh
 
 bench: setup  ## CPU benchmark against transformers
 	@$(BIN)/python benchmarks/cpu_vs_transformers.py

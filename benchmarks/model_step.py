@@ -3,7 +3,7 @@
 A step is forward, backward, clipping and fused AdamW through the engine that `megagrin train` uses. FLOPs are the model's (see
 megagrin/planning/flops.py): with few layers the head weighs more than in the whole model.
 
-    python benchmarks/model_step.py [--preset grin_16x3_8b] [--layers 2] [--sequences 2] [--smoke]
+    python benchmarks/model_step.py [--preset grin_16x3_8b] [--layers 2] [--sequences 2] [--micro_batches 4] [--smoke]
 """
 
 import argparse
@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import device_memory
 import torch
 from moe_report import environment
 
@@ -30,6 +31,9 @@ from megagrin.moe.balance import BalanceConfig
 from megagrin.moe.router import Router, RouterConfig
 from megagrin.optim.optimizer import OptimConfig
 from megagrin.planning.flops import flops_per_token, peak_flops
+
+# Of a profile, in the JSON file.
+KERNELS = 25
 
 
 def batch(model: ModelConfig, sequences: int, seq_len: int, seed: int = 0) -> Batch:
@@ -54,17 +58,21 @@ def measure(engine: NativeEngine, model: ModelConfig, options: argparse.Namespac
     for layer in engine.model.modules():
         if isinstance(layer, Router):
             layer.config = dataclasses.replace(layer.config, forced_balance=forced_balance)
-    tokens = batch(model, options.sequences, options.seq_len)
+    tokens = [batch(model, options.sequences, options.seq_len, seed) for seed in range(options.micro_batches)]
+    device_memory.reset_peaks()
+    begin = time.monotonic()
     seconds, loss, counts_LE = [], float("nan"), None
     for step in range(options.warmup + options.steps):
         start = time.perf_counter()
-        result = engine.train_step([tokens], step, 1e-4)  # reads the loss: the device is done when it returns
+        result = engine.train_step(tokens, step, 1e-4)  # reads the loss: the device is done when it returns
         if step >= options.warmup:
             seconds.append(time.perf_counter() - start)
         loss, counts_LE = result.loss, result.counts_LE
+        if seconds and time.monotonic() - begin > options.seconds / 2:
+            break
     assert counts_LE is not None
     per_token = flops_per_token(model, options.seq_len)
-    n_tokens, step_s = tokens.tokens_BS.numel(), statistics.median(seconds)
+    n_tokens, step_s = sum(part.tokens_BS.numel() for part in tokens), statistics.median(seconds)
     rate = per_token * n_tokens / step_s
     memory = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
     return {
@@ -79,15 +87,20 @@ def measure(engine: NativeEngine, model: ModelConfig, options: argparse.Namespac
     }
 
 
-def profile(engine: NativeEngine, model: ModelConfig, options: argparse.Namespace) -> str:
-    """Operators of one step by their own time on the device (on the CPU without one), as a table."""
-    tokens = batch(model, options.sequences, options.seq_len)
+def profile(engine: NativeEngine, model: ModelConfig, options: argparse.Namespace) -> tuple[str, list[dict[str, Any]]]:
+    """One step by time on the device (on the CPU without one): a table of operators and kernels, and the first kernels."""
+    tokens = [batch(model, options.sequences, options.seq_len, seed) for seed in range(options.micro_batches)]
     cuda = engine.device.type == "cuda"
     activities = [torch.profiler.ProfilerActivity.CPU, *([torch.profiler.ProfilerActivity.CUDA] if cuda else [])]
     with torch.profiler.profile(activities=activities) as profiler:
-        engine.train_step([tokens], options.warmup + options.steps, 1e-4)
+        engine.train_step(tokens, options.warmup + options.steps, 1e-4)
     key = "self_device_time_total" if cuda else "self_cpu_time_total"
-    return profiler.key_averages().table(sort_by=key, row_limit=40, max_name_column_width=70)
+    averages = profiler.key_averages()
+    table = averages.table(sort_by=key, row_limit=40, max_name_column_width=70)
+    # What runs on the device only: an operator's own device time is that of the kernels it starts, which are listed, too.
+    rows = [row for row in averages if not cuda or row.device_type == torch.autograd.DeviceType.CUDA]
+    rows.sort(key=lambda row: -getattr(row, key))
+    return table, [{"name": row.key, "ms": getattr(row, key) / 1e3, "calls": row.count} for row in rows[:KERNELS]]
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -97,21 +110,19 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--sequences", type=int, default=2)
     parser.add_argument("--seq_len", type=int, default=4096)
+    parser.add_argument("--micro_batches", type=int, default=1, help="of --sequences each, whose gradients a step adds up")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--warmup", type=int, default=3)
+    parser.add_argument(
+        "--seconds", type=float, default=1e9, help="begin no further step after this time, half of it for each routing"
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/model_step"), help="folder for model_step.json")
     parser.add_argument("--profile", action="store_true", help="also write model_profile.txt: one step by operator")
     parser.add_argument("--smoke", action="store_true", help="grin_tiny in fp32 on the CPU")
     options = parser.parse_args(argv)
     if options.smoke:
-        options.preset, options.layers, options.sequences, options.seq_len, options.steps, options.warmup = (
-            "grin_tiny",
-            1,
-            1,
-            64,
-            2,
-            1,
-        )
+        options.preset, options.layers, options.sequences = "grin_tiny", 1, 1
+        options.seq_len, options.steps, options.warmup = options.seq_len // 64, 2, 1
     return options
 
 
@@ -121,11 +132,13 @@ def main(argv: list[str]) -> int:
     if not options.smoke and not torch.cuda.is_available():
         print("model_step: torch sees no CUDA device; --smoke runs on a CPU", file=sys.stderr)
         return 2
-    model = dataclasses.replace(PRESETS[options.preset], n_layers=options.layers)
+    preset = PRESETS[options.preset]
+    longest = max(preset.max_positions, options.seq_len)
+    model = dataclasses.replace(preset, n_layers=options.layers, max_positions=longest)
     record: dict[str, Any] = {
         "environment": environment(),
         "model": dataclasses.asdict(model),
-        "tokens": options.sequences * options.seq_len,
+        "tokens": options.micro_batches * options.sequences * options.seq_len,
         "results": [],
     }
     options.out.mkdir(parents=True, exist_ok=True)
@@ -143,9 +156,10 @@ def main(argv: list[str]) -> int:
             (options.out / "model_step.json").write_text(json.dumps(record, indent=1) + "\n")
             if runtime.device.type == "cuda":
                 torch.cuda.empty_cache()
-                torch.cuda.reset_peak_memory_stats(runtime.device)
         if options.profile:
-            (options.out / "model_profile.txt").write_text(profile(engine, model, options) + "\n")
+            table, record["profile"] = profile(engine, model, options)
+            (options.out / "model_profile.txt").write_text(table + "\n")
+            (options.out / "model_step.json").write_text(json.dumps(record, indent=1) + "\n")
     return 0
 
 

@@ -4,7 +4,7 @@ FLOPs count real routed rows only. Two routings side by side: learned-like (logn
 several sets of inputs rotate, medians count. Each time stands beside a dense cuBLAS product of the same FLOPs in the same rounds
 and the roofline at that rate.
 
-    python benchmarks/moe_layer.py [--out FOLDER] [--rounds 7] [--only grin-8k] [--smoke]
+    python benchmarks/moe_layer.py [--out FOLDER] [--rounds 7] [--only grin-8k] [--contestant megagrin] [--smoke]
 
 --smoke runs every code path with tiny shapes, in fp32 on a CPU, where times mean nothing and agreement means everything.
 """
@@ -16,6 +16,7 @@ import json
 import shlex
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -109,11 +110,11 @@ def overheads(problem: Problem) -> dict[str, Callable[[int], object]]:
     }
 
 
-def take_part(problem: Problem, dtype: torch.dtype) -> tuple[dict[str, Layer], dict[str, dict[str, Any]]]:
-    """Contestants that are installed, run and agree with ours; and why the others do not take part."""
+def take_part(problem: Problem, dtype: torch.dtype, names: list[str]) -> tuple[dict[str, Layer], dict[str, dict[str, Any]]]:
+    """Contestants of these names that are installed, run and agree with ours; and why the others do not take part."""
     layers, refused = {}, {}
     expected: dict[str, Tensor] = {}
-    for contestant in CONTESTANTS:
+    for contestant in (contestant for contestant in CONTESTANTS if contestant.name in names):
         error, apart = contestant.missing(), {}
         if error is None:
             try:
@@ -142,7 +143,7 @@ def measure(
     dtype = torch.float32 if options.smoke else torch.bfloat16
     print(f"{shape.name}, {routing} routing", flush=True)
     problem = build(shape, routing, device, dtype)
-    layers, contestants = take_part(problem, dtype)
+    layers, contestants = take_part(problem, dtype, options.contestant)
     dense, around, rows = Dense(problem), overheads(problem), kernel_rows(problem)
     tasks: dict[tuple[str, str], Callable[[int], object]] = {("dense", "forward"): dense.forward, ("dense", "total"): dense.total}
     for name, layer in layers.items():
@@ -173,7 +174,7 @@ def measure(
         "rows_max": max(problem.counts),
         "dense_tflops": {"forward": tflops(shape.forward_flops, dense_s["forward"]), "total": dense_rate},
         "roofline_tflops": bound_tflops(shape, bounds),
-        "contestants": {contestant.name: contestants[contestant.name] for contestant in CONTESTANTS},
+        "contestants": {name: contestants[name] for name in options.contestant},
         "kernels": [
             {
                 "kernel": row["kernel"],
@@ -216,9 +217,14 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--pause", type=float, default=0.02, help="idle seconds before each measurement")
     parser.add_argument("--only", action="append", help="name of a shape; repeatable")
+    names = [contestant.name for contestant in CONTESTANTS]
+    parser.add_argument("--contestant", action="append", choices=names, help=f"who is measured, {OURS} among them; repeatable")
     parser.add_argument("--seconds", type=float, default=1e9, help="begin no further case after this time")
     parser.add_argument("--smoke", action="store_true", help="tiny shapes in fp32 on the CPU")
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    wanted = options.contestant or names
+    options.contestant = [name for name in names if name in wanted or name == OURS]
+    return options
 
 
 def main(argv: list[str]) -> int:
@@ -243,20 +249,29 @@ def main(argv: list[str]) -> int:
         "dense_square_tflops": dense_square(device, 256 if options.smoke else 8192),
         "copy_terabytes_per_second": copy_rate(device, 1 << (20 if options.smoke else 32)),
         "cases": [],
+        "left_out": [],
     }
+    failed = False
     for routing in ROUTINGS:
         for shape in shapes:
             if time.monotonic() - start > options.seconds:
-                print(f"{shape.name}, {routing}: out of time, not measured", flush=True)
-                continue
-            record["cases"].append(measure(shape, routing, options, device, record["copy_terabytes_per_second"]))
+                record["left_out"].append(f"{shape.name}, {routing}: out of time")
+            else:
+                try:
+                    case = measure(shape, routing, options, device, record["copy_terabytes_per_second"])
+                    record["cases"].append(case)
+                except Exception as error:  # one shape that fails, whatever the reason, does not cost the others
+                    traceback.print_exc()
+                    record["left_out"].append(f"{shape.name}, {routing}: {type(error).__name__}: {str(error)[:120]}")
+                    failed = True
             record["goals"] = goals(record, SMOKE_SHAPES if options.smoke else SHAPES)
             write(record, options.out)
             if device.type == "cuda":
                 torch.cuda.empty_cache()
     print(markdown(record))
+    print("\n".join(record["left_out"]))
     print(f"written to {options.out}/moe_layer.json and moe_layer.md")
-    return 0
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 
+import device_memory
 import torch
 
 # Shorter calls are repeated until one measurement lasts this long: a launch's jitter is some microseconds.
@@ -78,7 +79,7 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int | None:
     call()
     synchronize(device)
     before = torch.cuda.memory_allocated(device)
-    torch.cuda.reset_peak_memory_stats(device)
+    device_memory.reset_peaks()
     call()
     synchronize(device)
     return torch.cuda.max_memory_allocated(device) - before

@@ -17,7 +17,7 @@ _MIN_CAPABILITY = (8, 0)
 # Names that MEGAGRIN_KERNELS switches off one by one: those of the files here.
 OPS = ("grouped_gemm", "moe_mlp", "permute", "sparsemixer", "cross_entropy", "router_logits")
 # The kernels of the expert MLP launch those of these ops, so they are off where one of these is.
-_LAUNCHES = {"moe_mlp": ("grouped_gemm", "permute")}
+LAUNCHES = {"moe_mlp": ("grouped_gemm", "permute")}
 # TMA addresses rows whose pitch is a multiple of this; the same holds for what the kernels' tensor descriptors accept anywhere.
 _TMA_BYTES = 16
 
@@ -38,7 +38,7 @@ def _switched_off(choice: str) -> frozenset[str]:
             f"MEGAGRIN_KERNELS: {choice!r} must be auto, torch, or auto followed by any of {' '.join(f',-{op}' for op in OPS)}"
         )
     off = {part[1:] for part in rest}
-    return frozenset(off | {op for op, launched in _LAUNCHES.items() if off.intersection(launched)})
+    return frozenset(off | {op for op, launched in LAUNCHES.items() if off.intersection(launched)})
 
 
 @functools.cache

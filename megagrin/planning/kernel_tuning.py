@@ -344,12 +344,15 @@ def _measured(layers: list[LayerShape], options: argparse.Namespace, device: tor
     # Read before anything is measured: a damaged file is an error now, not after ten minutes.
     old = tuning.read_table(path) if path.exists() else Table(gpu, version)
     new = Table(gpu, version)
-    tune(
-        *(new, layers, torch.bfloat16, properties.major, properties.shared_memory_per_block_optin),
-        CudaMeasure(torch.bfloat16, device),
-        out_of_time=lambda: time.monotonic() > deadline,
-    )
-    merged = replace(new, blocks=old.blocks | new.blocks, tflops=old.tflops | new.tflops)
-    tuning.write_table(merged, path)
+    try:
+        tune(
+            *(new, layers, torch.bfloat16, properties.major, properties.shared_memory_per_block_optin),
+            CudaMeasure(torch.bfloat16, device),
+            out_of_time=lambda: time.monotonic() > deadline,
+        )
+    finally:  # a run that is ended from outside leaves what it has measured
+        merged = replace(new, blocks=old.blocks | new.blocks, tflops=old.tflops | new.tflops)
+        if new.blocks:
+            tuning.write_table(merged, path)
     print(f"kernels: {len(new.blocks)} products measured, written to {path}")
     return merged

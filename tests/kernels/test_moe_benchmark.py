@@ -182,3 +182,31 @@ def test_interleaving_turns_the_order_and_the_inputs() -> None:
     assert set(found) == set("abc")
     assert [name for name, _ in order[6:]] == list("abcbcacab")
     assert [number for name, number in order[6:] if name == "a"] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("seconds", ["1e9", "-1"])
+def test_a_case_that_fails_or_has_no_time_is_named_and_the_others_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: str
+) -> None:
+    import moe_layer
+
+    whole = moe_layer.measure
+
+    def fails_once(shape: MoEShape, routing: str, *rest: Any) -> dict[str, Any]:
+        if (shape.name, routing) == ("smoke-2", "learned"):
+            raise RuntimeError("an illegal memory access")
+        return whole(shape, routing, *rest)
+
+    monkeypatch.setattr(moe_layer, "measure", fails_once)
+    options = ["--smoke", "--rounds", "1", "--pause", "0", "--contestant", "cuBLAS loop", "--seconds", seconds]
+    status = moe_layer.main([*options, "--out", str(tmp_path)])
+    record = json.loads((tmp_path / "moe_layer.json").read_text())
+    done = [(case["shape"]["name"], case["routing"]) for case in record["cases"]]
+    if seconds == "-1":
+        assert (status, done) == (0, [])
+        assert record["left_out"][0] == "smoke-2, learned: out of time"
+        assert len(record["left_out"]) == 4
+    else:
+        assert (status, done) == (1, [("smoke-1", "learned"), ("smoke-2", "balanced"), ("smoke-1", "balanced")])
+        assert record["left_out"] == ["smoke-2, learned: RuntimeError: an illegal memory access"]
+        assert all(list(case["contestants"]) == ["megagrin", "cuBLAS loop"] for case in record["cases"])

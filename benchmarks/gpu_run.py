@@ -1,0 +1,190 @@
+"""Walks the stages of `make gpu`, each in its own process: one that fails, crashes or hangs does not stop the next.
+
+    python benchmarks/gpu_run.py --out FOLDER [--half first|second|both] [--dry]
+
+Before and after each stage the results file is written anew, so that a run that is ended from outside leaves one. Called by
+launch/gpu.sh, which looks after Python, compiler and packages. Imports nothing beyond the standard library.
+"""
+
+import argparse
+import contextlib
+import datetime
+import importlib.util
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from pathlib import Path
+from types import FrameType
+from typing import IO, Any
+
+import gpu_results
+from gpu_probe import OPS, read
+from gpu_stages import KILL_S, Stage, first, second
+
+ROOT = Path(__file__).resolve().parents[1]
+NO_PYTEST = "NOT RUN: no pytest; `make gpu-wheels` puts it into wheels/, which must travel along"
+
+
+def _copy(source: IO[bytes], log: Path) -> None:
+    """A stage's output, to the terminal and the log as it comes."""
+    with log.open("ab") as sink:
+        for line in iter(source.readline, b""):
+            sink.write(line)
+            sink.flush()
+            sys.stdout.buffer.write(line)
+            sys.stdout.flush()
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End a stage with all that it started."""
+    for number, grace in ((signal.SIGTERM, KILL_S - 1), (signal.SIGKILL, 1)):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(grace)
+    # A child that outlived its parent's end.
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def _verdict(status: int | None, stage: Stage) -> str:
+    if status is None:
+        return f"FAILED: not done after {stage.limit_s} s"
+    if status == stage.expected:
+        return "ok"
+    return f"FAILED: status {status}" if status >= 0 else f"FAILED: ended by {signal.Signals(-status).name}"
+
+
+def run_stage(stage: Stage, log: Path, variables: dict[str, str]) -> str:
+    """Run one stage and say how it ended."""
+    if stage.needs is not None and importlib.util.find_spec(stage.needs) is None:
+        return NO_PYTEST
+    process = subprocess.Popen(
+        stage.command,
+        cwd=ROOT,
+        env=os.environ | variables | stage.variables,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    assert process.stdout is not None
+    reader = threading.Thread(target=_copy, args=(process.stdout, log), daemon=True)
+    reader.start()
+    status: int | None
+    try:
+        status = process.wait(stage.limit_s)
+    except subprocess.TimeoutExpired:
+        status = None
+    finally:
+        _end(process)
+    reader.join(2)
+    return _verdict(status, stage)
+
+
+def both(own: str, probed: str) -> str:
+    """MEGAGRIN_KERNELS with what the user and the probe have switched off."""
+    return own if own == "torch" else ",".join(dict.fromkeys([*own.split(","), *probed.split(",")]))
+
+
+def kernels() -> str:
+    """The user's MEGAGRIN_KERNELS, by the rules of kernels/backend.py.
+
+    Raises:
+        ValueError: another value than these.
+    """
+    own = os.environ.get("MEGAGRIN_KERNELS", "auto")
+    first_part, *rest = own.split(",")
+    if own != "torch" and (first_part != "auto" or not set(rest) <= {f"-{op}" for op in OPS}):
+        allowed = " ".join(f",-{op}" for op in OPS)
+        raise ValueError(f"MEGAGRIN_KERNELS: {own!r} must be auto, torch, or auto followed by any of {allowed}")
+    return own
+
+
+class Run:
+    """One run: its folder, and what became of its stages."""
+
+    def __init__(self, out: Path, command: str, dry: bool) -> None:
+        self.out, self.command, self.dry, self.kernels = out, command, dry, kernels()
+        self.log, self.summary = out / "log.txt", out / "summary.txt"
+        self.date, self.words = datetime.datetime.now(datetime.UTC).date().isoformat(), list[str]()
+
+    def say(self, text: str) -> None:
+        """To the terminal and the log."""
+        print(text, flush=True)
+        with self.log.open("a") as sink:
+            sink.write(text + "\n")
+
+    def note(self, stage: Stage, half: str, word: str, seconds: float) -> None:
+        """Write down how a stage ended, and the results so far."""
+        record: dict[str, Any] = {"name": stage.name, "half": half, "limit_s": stage.limit_s, "seconds": seconds}
+        record |= {"word": word, "command": shlex.join(stage.command), "date": self.date, "dry": self.dry, "run": self.command}
+        try:
+            (self.out / "stages" / f"{stage.name}.json").write_text(json.dumps(record, indent=1) + "\n")
+            gpu_results.write(self.out)
+        except Exception:  # a report that cannot be written must not cost the measurements that follow
+            traceback.print_exc()
+            self.words.append("FAILED: no results file")
+
+    def stage(self, stage: Stage, half: str) -> None:
+        """Run one, under the kernels that the probe left on."""
+        self.say(f"\n== {stage.name} (limit {stage.limit_s} s): {shlex.join(stage.command)}")
+        (self.out / "stages" / f"{stage.name}.memory.json").unlink(missing_ok=True)
+        self.note(stage, half, "FAILED: the run ended in it", 0.0)
+        probed = read(self.out / "ops.json") if stage.name not in ("environment", "ops") else None
+        variables = {"MEGAGRIN_KERNELS": both(self.kernels, probed["kernels"])} if probed else {}
+        begin = time.monotonic()
+        word = run_stage(stage, self.log, variables)
+        if word == NO_PYTEST:
+            self.say(word)
+        self.words.append(word)
+        with self.summary.open("a") as sink:
+            sink.write(f"{stage.name:<12} {time.monotonic() - begin:4.0f} s  {word}\n")
+        self.note(stage, half, word, time.monotonic() - begin)
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    raise SystemExit(128 + number)
+
+
+def main(argv: list[str]) -> int:
+    """Status 1 where a stage failed or was not run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--half", choices=("first", "second", "both"), default="both")
+    parser.add_argument("--dry", action="store_true", help="tiny shapes on the CPU: measures nothing")
+    options = parser.parse_args(argv)
+    signal.signal(signal.SIGTERM, _stop)  # its stage ends with it
+    out, start = options.out.resolve(), time.monotonic()
+    own = f"MEGAGRIN_KERNELS={kernels()} " * (kernels() != "auto")
+    command = f"{'MEGAGRIN_GPU_DRY=1 ' * options.dry}{own}make gpu{f' HALF={options.half}' * (options.half != 'both')}"
+    run, done = Run(out, command, options.dry), set[str]()
+    for folder in ("stages", "tuned", "long"):
+        (out / folder).mkdir(parents=True, exist_ok=True)
+    halves = {"first": first(out, options.dry), "second": second(out, options.dry)}
+    wanted = [name for name in halves if options.half in (name, "both")]
+    if "first" in wanted:  # a new run: what an older one left in this folder is none of its results
+        gpu_results.forget(out)
+    run.say(command)
+    for half in wanted:
+        for stage in halves[half]:
+            if stage.name not in done:
+                run.stage(stage, half)
+            done.add(stage.name)
+    print(f"\n== summary ({time.monotonic() - start:.0f} s, in {out})\n{(out / 'summary.txt').read_text()}")
+    print(f"results: {gpu_results.path(out)}")
+    return 0 if set(run.words) <= {"ok"} else 1
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except (OSError, ValueError) as problem:
+        print(f"megagrin: error: {problem}", file=sys.stderr)
+        sys.exit(2)
