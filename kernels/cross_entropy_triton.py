@@ -26,11 +26,12 @@ def cross_entropy_statistics(logit_ptr, label_ptr, max_ptr, sum_ptr, target_ptr,
         column = start + tl.arange(0, SLICE)
         x = tl.load(logit_ptr + column, mask=column < vocab, other=-float("inf")).to(tl.float32)
         # `x > top` is false for a NaN, which must reach the sum all the same: e^(NaN − top).
-        higher = tl.where(x > top, x, top)
-        # −∞ less −∞ would be NaN: a lane that has seen nothing finite keeps the sum 0.
-        base = tl.where(higher == -float("inf"), 0.0, higher)
-        total = total * tl.exp(top - base) + tl.exp(x - base)
-        top = higher
+        higher = x > top
+        # Either the old sum shrinks or the new term is small: of the two powers one is e^0. −∞ less −∞ would be NaN: a lane that
+        # has seen nothing finite keeps the sum 0.
+        factor = tl.where((x == top) & (top == -float("inf")), 0.0, tl.exp(-tl.abs(x - top)))
+        total = tl.where(higher, total * factor + 1.0, total + factor)
+        top = tl.where(higher, x, top)
     best = tl.max(top, axis=0)
     base = tl.where(best == -float("inf"), 0.0, best)
     tl.store(max_ptr + row, best)
