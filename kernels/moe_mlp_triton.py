@@ -69,10 +69,10 @@ def _swiglu_slices(
     if SLICES == 1:
         # From the rounded h, as stored: the backward pass must differentiate what the forward pass computed.
         stored = narrow(h, act_desc.dtype)
-        if SAVE_H:
-            store_rows(h_desc, begin, size, row, col, h, BM, C)
         gate, up = tl.split(stored.to(tl.float32).reshape(BM, C // 2, 2))
         store_rows(act_desc, begin, size, row, col // 2, gate * _sigmoid(gate) * up * v[:, None], BM, C // 2)
+        if SAVE_H:  # after the activation: in the other order Triton 3.9 spills 2 registers of the gather on sm_90
+            store_rows(h_desc, begin, size, row, col, h, BM, C)
     else:
         left, right = halves(h, BM, C)
         _swiglu_slices(h_desc, act_desc, begin, size, row, col, left, v, BM, C // 2, SLICES // 2, SAVE_H)

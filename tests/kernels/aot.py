@@ -6,12 +6,14 @@ does not matter, tensors are empty CPU memory.
 """
 
 import contextlib
+import hashlib
+import json
 import os
 import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +50,7 @@ class Report:
         exact: products in full fp32, which no tensor core does.
         tensor_core: instructions of the architecture's tensor cores in the PTX.
         bulk_loads: TMA loads in the PTX.
+        counts: registers, and instructions by opcode as in `sass.count`; empty unless it was asked for.
     """
 
     kernel: str
@@ -62,6 +65,7 @@ class Report:
     exact: int
     tensor_core: int
     bulk_loads: int
+    counts: dict[str, int] = field(default_factory=dict, compare=False)
 
     def problems(self) -> list[str]:
         """Every limit that is broken."""
@@ -129,13 +133,32 @@ def _tool(name: str, *arguments: str) -> str:
     return subprocess.run([str(program), *arguments], capture_output=True, text=True, check=True, timeout=300).stdout
 
 
+def _disassembly(cubin: str) -> str:
+    return _tool("nvdisasm", "-c", cubin)
+
+
 def _spill_stores(cubin: str, stack: int) -> int:
     # Spilled registers lie in the stack frame: without a frame there are none, and the slow disassembly is not needed.
-    return len(re.findall(r"\bSTL\b", _tool("nvdisasm", "-c", cubin))) if stack else 0
+    return len(re.findall(r"\bSTL\b", _disassembly(cubin))) if stack else 0
 
 
-def report(kernel: Any, arch: int) -> Report:
-    """Read resources and instructions of a compiled kernel."""
+def _counts(path: str, cubin: bytes) -> dict[str, int]:
+    """`sass.count` of a binary, kept beside the compiled kernels: the disassembler takes a second."""
+    import sass
+
+    key = hashlib.sha256(cubin + Path(sass.__file__).read_bytes()).hexdigest()
+    kept = cache_folder() / "counts" / f"{key}.json"
+    if not kept.exists():
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=kept.parent, delete=False) as file:
+            json.dump(sass.count(_disassembly(path)), file)
+        os.replace(file.name, kept)
+    counts: dict[str, int] = json.loads(kept.read_text())
+    return counts
+
+
+def report(kernel: Any, arch: int, disassemble: bool = False) -> Report:
+    """Read resources of a compiled kernel, and its instructions where asked to."""
     ptx, ttir = kernel.asm["ptx"], kernel.asm["ttir"]
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
@@ -143,6 +166,7 @@ def report(kernel: Any, arch: int) -> Report:
         usage = _tool("cuobjdump", "-res-usage", file.name)
         numbers = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
         spills = _spill_stores(file.name, numbers["STACK"] + numbers["LOCAL"])
+        counts = {"registers": numbers["REG"], **_counts(file.name, kernel.asm["cubin"])} if disassemble else {}
     dots = re.findall(r"tt\.dot .*", ttir)
     return Report(
         kernel=kernel.metadata.name,
@@ -158,4 +182,5 @@ def report(kernel: Any, arch: int) -> Report:
         exact=sum("xf32" in dot and "tf32" not in dot for dot in dots),
         tensor_core=ptx.count(_TENSOR_CORE[arch]),
         bulk_loads=len(re.findall(r"cp\.async\.bulk\.tensor\.\dd\.shared", ptx)),
+        counts=counts,
     )

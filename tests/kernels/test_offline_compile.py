@@ -13,6 +13,7 @@ pytest.importorskip("triton")
 
 import aot
 import cases
+import sass
 from cases import ARCHS, Case
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter's kernels are not compiled")
@@ -23,7 +24,7 @@ def compile_case(case: Case) -> list[aot.Report] | str:
     try:
         with aot.compiling(case.arch) as compiled:
             case.run()
-        return [aot.report(kernel, case.arch) for kernel in compiled]
+        return [aot.report(kernel, case.arch, disassemble=sass.is_counted(case)) for kernel in compiled]
     except Exception as error:
         return f"{type(error).__name__}: {error}"
 
@@ -88,6 +89,19 @@ def test_hopper_products_load_by_tma(reports: dict[Case, list[aot.Report] | str]
         if report.dots and not report.bulk_loads
     ]
     assert not without, "\n".join(without)
+
+
+@pytest.mark.timeout(900)
+def test_hopper_kernels_have_no_more_instructions_than_were_measured(reports: dict[Case, list[aot.Report] | str]) -> None:
+    """A second epilogue, an activation computed twice, a division path, a loop without TMA: all pass every other test."""
+    found = {
+        sass.row_name(case, report): report.counts
+        for case, listed in reports.items()
+        if sass.is_counted(case) and not isinstance(listed, str)
+        for report in listed
+    }
+    wrong = sass.problems(found, sass.version())
+    assert not wrong, "\n".join([*wrong, "where it is meant: rows for MEASURED come from `python tests/kernels/sass.py`"])
 
 
 def test_entry_kernels_are_told_from_device_functions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
