@@ -54,8 +54,8 @@ sparsemixer_sums_16_2              384    64     0     0    12    14     0     9
 sparsemixer_sums_3_1               480    80     0     0     6     6     0    33     3    18     8     0     0     0
 sparsemixer_sums_inference         384    64     0     0    12    14     0     9     3    46    12     0     0     0
 sparsemixer_sums_paper_mask        384    64     0     0    12    14     0     9     3    46    12     0     0     0
-up_swiglu                         2144   172   136     0     0    64    16    15     0     0    36     4     8     8
-up_swiglu_gather                  2392   255   136     0    44    64    16    31     0     0    33     4     4     8
+up_swiglu                         2152   174   136     0     0    64    16    15     0     0    36     4     8     8
+up_swiglu_gather                  2400   255   136     0    44    64    16    31     0     0    33     4     4     8
 up_swiglu_inference               1952   176   136     0     0    64     0    15     0     0    28     4     8     4
 wgrad                             1520   184    16     0     0     0    16    22     0     0    24     4     8     2
 wgrad_accumulate                  1328   178    13     0     0    64     0    20     0     0    19     4     6     0
@@ -89,8 +89,8 @@ sparsemixer_sums_16_2              384    66     0     0     3     5     0     9
 sparsemixer_sums_3_1               464    76     0     0     5     5     0    33     3    15     9     0     0     0
 sparsemixer_sums_inference         384    66     0     0     3     5     0     9     3    48     9     0     0     0
 sparsemixer_sums_paper_mask        384    66     0     0     3     5     0     9     3    48     9     0     0     0
-up_swiglu                         2144   176   136     0     0    64    16    15     0     0    31     4     8     8
-up_swiglu_gather                  2400   255   136     0    48    64    16    31     0     0    28     4     4     8
+up_swiglu                         2136   255   136     0     0    64    16    15     0     0    31     4     8     8
+up_swiglu_gather                  2400   252   136     0    48    64    16    31     0     0    28     4     4     8
 up_swiglu_inference               1960   178   136     0     0    64     0    15     0     0    23     4     8     4
 wgrad                             1608   154    16     0     0     0    16    22     0     0    19     4     8     2
 wgrad_accumulate                  1384   154    13     0     0    64     0    20     0     0    16     4     6     0
