@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, library
 
 from megagrin.kernels.backend import use_triton
+from megagrin.kernels.launch import eager
 
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Narrower rows (the router's weights) are left to torch: a program for each token would move a few bytes.
@@ -40,8 +41,7 @@ class SortPlan:
         return SortPlan(self.order_R, self.place_TK.reshape(-1, 1), self.counts_E, self.order_R)
 
 
-@library.custom_op("megagrin::sort_by_expert", mutates_args=())
-def _sort(expert_TK: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _sort_rows(expert_TK: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if use_triton(expert_TK, "permute"):
         from megagrin.kernels.permute_triton import run_sort
 
@@ -56,7 +56,11 @@ def _sort(expert_TK: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Tensor, Te
     return order_R // expert_TK.shape[1], place_R.view(expert_TK.shape), counts_E, order_R
 
 
-@_sort.register_fake
+_sort_op = library.custom_op("megagrin::sort_by_expert", _sort_rows, mutates_args=())
+_sort = eager(_sort_op, _sort_rows)
+
+
+@_sort_op.register_fake
 def _(expert_TK: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows = expert_TK.shape[0] * expert_TK.shape[1]
     place_TK, counts_E = expert_TK.new_empty(expert_TK.shape), expert_TK.new_empty(n_experts)
@@ -84,8 +88,7 @@ def _use_kernels(x: Tensor) -> bool:
     return use_triton(x, "permute") and x.dtype in _KERNEL_DTYPES and x.shape[1] >= _MIN_WIDTH
 
 
-@library.custom_op("megagrin::gather_rows", mutates_args=())
-def gather_rows(x_TD: Tensor, source_R: Tensor, place_TK: Tensor) -> Tensor:
+def _gather_rows(x_TD: Tensor, source_R: Tensor, place_TK: Tensor) -> Tensor:
     """x[source]: (T, D) -> (R, D), the op behind `permute`."""
     if _use_kernels(x_TD):
         from megagrin.kernels.permute_triton import run_gather_rows
@@ -94,13 +97,15 @@ def gather_rows(x_TD: Tensor, source_R: Tensor, place_TK: Tensor) -> Tensor:
     return x_TD.index_select(0, source_R)
 
 
-@gather_rows.register_fake
+_gather_rows_op = library.custom_op("megagrin::gather_rows", _gather_rows, mutates_args=())
+
+
+@_gather_rows_op.register_fake
 def _(x_TD: Tensor, source_R: Tensor, place_TK: Tensor) -> Tensor:
     return x_TD.new_empty(source_R.shape[0], x_TD.shape[1])
 
 
-@library.custom_op("megagrin::gather_sum", mutates_args=())
-def gather_sum(y_RD: Tensor, source_R: Tensor, place_TK: Tensor) -> Tensor:
+def _gather_sum(y_RD: Tensor, source_R: Tensor, place_TK: Tensor) -> Tensor:
     """Σ_k y[place[t, k]]: (R, D) -> (T, D), the op behind `unpermute`. Sums in fp32 at least, rounds once."""
     if _use_kernels(y_RD):
         from megagrin.kernels.permute_triton import run_gather_sum
@@ -115,7 +120,10 @@ def gather_sum(y_RD: Tensor, source_R: Tensor, place_TK: Tensor) -> Tensor:
     return out_TD.to(y_RD.dtype)
 
 
-@gather_sum.register_fake
+_gather_sum_op = library.custom_op("megagrin::gather_sum", _gather_sum, mutates_args=())
+
+
+@_gather_sum_op.register_fake
 def _(y_RD: Tensor, source_R: Tensor, place_TK: Tensor) -> Tensor:
     return y_RD.new_empty(place_TK.shape[0], y_RD.shape[1])
 
@@ -132,8 +140,44 @@ def _gather_sum_backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, None, None]
     return gather_rows(grad_TD, *ctx.saved_tensors), None, None
 
 
-gather_rows.register_autograd(_gather_rows_backward, setup_context=_save_plan)
-gather_sum.register_autograd(_gather_sum_backward, setup_context=_save_plan)
+_gather_rows_op.register_autograd(_gather_rows_backward, setup_context=_save_plan)
+_gather_sum_op.register_autograd(_gather_sum_backward, setup_context=_save_plan)
+# In plain eager mode, see `megagrin.kernels.launch`.
+gather_rows = eager(_gather_rows_op, _gather_rows, _gather_rows_backward, _save_plan)
+gather_sum = eager(_gather_sum_op, _gather_sum, _gather_sum_backward, _save_plan)
+
+
+def _sort_weights(weight_TK: Tensor, backward_TK: Tensor | None, order_R: Tensor, place_TK: Tensor) -> tuple[Tensor, Tensor]:
+    if use_triton(weight_TK, "permute") and weight_TK.dtype == torch.float32:
+        from megagrin.kernels.permute_triton import run_gather_numbers
+
+        return run_gather_numbers(weight_TK, backward_TK, order_R)
+    weight_R = weight_TK.reshape(-1).index_select(0, order_R)
+    return weight_R, weight_R.new_empty(0) if backward_TK is None else backward_TK.reshape(-1).index_select(0, order_R)
+
+
+_sort_weights_op = library.custom_op("megagrin::sort_weights", _sort_weights, mutates_args=())
+
+
+@_sort_weights_op.register_fake
+def _(weight_TK: Tensor, backward_TK: Tensor | None, order_R: Tensor, place_TK: Tensor) -> tuple[Tensor, Tensor]:
+    return weight_TK.new_empty(order_R.shape), weight_TK.new_empty(order_R.shape if backward_TK is not None else 0)
+
+
+def _save_place(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(inputs[3])
+    ctx.set_materialize_grads(False)
+
+
+def _sort_weights_backward(ctx: Any, grad_R: Tensor | None, _grad_backward_R: None) -> tuple[Tensor | None, None, None, None]:
+    if grad_R is None:
+        return None, None, None, None
+    place_TK = ctx.saved_tensors[0]
+    return _sort_weights_direct(grad_R, None, place_TK.reshape(-1), place_TK)[0].view(place_TK.shape), None, None, None
+
+
+_sort_weights_op.register_autograd(_sort_weights_backward, setup_context=_save_place)
+_sort_weights_direct = eager(_sort_weights_op, _sort_weights, _sort_weights_backward, _save_place)
 
 
 def _check_rows(op: str, name: str, x: Tensor, rows: int, what: str, plan: SortPlan) -> None:
@@ -161,3 +205,26 @@ def unpermute(y_RD: Tensor, plan: SortPlan) -> Tensor:
     """
     _check_rows("unpermute", "y", y_RD, plan.source_R.shape[0], "choice", plan)
     return gather_sum(y_RD, plan.source_R, plan.place_TK)
+
+
+def sort_weights(weight_TK: Tensor, backward_TK: Tensor | None, plan: SortPlan) -> tuple[Tensor, Tensor | None]:
+    """Bring one or two numbers of each (token, choice) into row order: (T, K) -> (R,).
+
+    Args:
+        weight_TK: float; its gradient goes the same way back.
+        backward_TK: of weight's dtype, or None; carries no gradient.
+        plan: the sort.
+
+    Raises:
+        ValueError: a shape, dtype or device that does not fit.
+    """
+    for name, x in (("weight", weight_TK), ("backward_weight", backward_TK)):
+        if x is not None and (x.shape, x.device) != (plan.place_TK.shape, plan.place_TK.device):
+            raise ValueError(
+                f"sort_weights: {name} {tuple(x.shape)} on {x.device} must be {tuple(plan.place_TK.shape)} on "
+                f"{plan.place_TK.device}, one number a choice of the plan"
+            )
+    if backward_TK is not None and backward_TK.dtype != weight_TK.dtype:
+        raise ValueError(f"sort_weights: backward_weight is {backward_TK.dtype}, weight is {weight_TK.dtype}; they must agree")
+    weight_R, backward_R = _sort_weights_direct(weight_TK, backward_TK, plan.order_R, plan.place_TK)
+    return weight_R, None if backward_TK is None else backward_R.detach()

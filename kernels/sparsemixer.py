@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, library
 
 from megagrin.kernels.backend import use_triton
+from megagrin.kernels.launch import eager
 
 _FIXED_POINT = 1 << 30
 # A tile holds whole rows of logits.
@@ -73,8 +74,7 @@ class Routed(NamedTuple):
     counts_E: Tensor
 
 
-@library.custom_op("megagrin::sparsemixer", mutates_args=())
-def _sparsemixer(
+def _forward(
     z_TE: Tensor,
     token_T: Tensor | None,
     top_k: int,
@@ -94,7 +94,10 @@ def _sparsemixer(
     return sparsemixer_triton.forward(z_TE.contiguous(), token_T, top_k, place, mask, estimator)
 
 
-@_sparsemixer.register_fake
+_sparsemixer_op = library.custom_op("megagrin::sparsemixer", _forward, mutates_args=())
+
+
+@_sparsemixer_op.register_fake
 def _(z_TE: Tensor, token_T: Tensor | None, top_k: int, *_rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     n_tokens, n_experts = z_TE.shape
     expert_TK = z_TE.new_empty((n_tokens, top_k), dtype=torch.int64)
@@ -103,8 +106,7 @@ def _(z_TE: Tensor, token_T: Tensor | None, top_k: int, *_rest: Any) -> tuple[Te
     return expert_TK, weight_TK, backward_weight_TK, z_TE.new_empty((n_experts,)), z_TE.new_empty(()), counts_E
 
 
-@library.custom_op("megagrin::sparsemixer_backward", mutates_args=())
-def _sparsemixer_backward(
+def _gradient(
     z_TE: Tensor,
     expert_TK: Tensor,
     d_weight_TK: Tensor,
@@ -122,7 +124,11 @@ def _sparsemixer_backward(
     return sparsemixer_triton.backward(z_TE, expert_TK.contiguous(), d_weight_TK, d_prob_E, d_z_sum, mask, factors)
 
 
-@_sparsemixer_backward.register_fake
+_sparsemixer_backward_op = library.custom_op("megagrin::sparsemixer_backward", _gradient, mutates_args=())
+_sparsemixer_backward = eager(_sparsemixer_backward_op, _gradient)
+
+
+@_sparsemixer_backward_op.register_fake
 def _(z_TE: Tensor, *_rest: Any) -> Tensor:
     return z_TE.new_empty(z_TE.shape)
 
@@ -132,15 +138,22 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.save_for_backward(z_TE, output[0])
     # Without draws nothing is estimated: the weight is p, and so is its gradient.
     ctx.arguments = (limit, paper_mask, temperature, gradient if token_T is not None else 1.0)
+    ctx.set_materialize_grads(False)  # zeros for the three outputs without a gradient were three launches
 
 
-def _backward(ctx: Any, _d_expert: Any, d_weight: Tensor, _d_bw: Any, d_prob_E: Tensor, d_z_sum: Tensor, _d_counts: Any) -> tuple:
+def _backward(ctx: Any, *d_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
+    _, d_weight_TK, _, d_prob_E, d_z_sum, _ = d_outputs  # expert, backward weight and counts have no gradient
+    if d_weight_TK is None and d_prob_E is None and d_z_sum is None:
+        return (None,) * 11
     z_TE, expert_TK = ctx.saved_tensors
-    dz_TE = _sparsemixer_backward(z_TE, expert_TK, d_weight, d_prob_E, d_z_sum, *ctx.arguments)
-    return dz_TE, *(None,) * 10
+    d_weight_TK = z_TE.new_zeros(expert_TK.shape) if d_weight_TK is None else d_weight_TK
+    d_prob_E = z_TE.new_zeros(z_TE.shape[1]) if d_prob_E is None else d_prob_E
+    d_z_sum = z_TE.new_zeros(()) if d_z_sum is None else d_z_sum
+    return _sparsemixer_backward(z_TE, expert_TK, d_weight_TK, d_prob_E, d_z_sum, *ctx.arguments), *(None,) * 10
 
 
-_sparsemixer.register_autograd(_backward, setup_context=_setup_context)
+_sparsemixer_op.register_autograd(_backward, setup_context=_setup_context)
+_sparsemixer = eager(_sparsemixer_op, _forward, _backward, _setup_context)
 
 
 def sparsemixer(

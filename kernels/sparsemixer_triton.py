@@ -252,10 +252,10 @@ def forward(
     n_blocks = triton.cdiv(n_tokens, blocks["BLOCK_T"])
     expert_TK = torch.empty(n_tokens, top_k, dtype=torch.int64, device=z_TE.device)
     weight_TK, backward_weight_TK = (torch.empty(n_tokens, top_k, dtype=torch.float32, device=z_TE.device) for _ in range(2))
-    prob_E, z_sum = z_TE.new_zeros(n_experts), z_TE.new_zeros(())
-    counts_E = torch.zeros(n_experts, dtype=torch.int64, device=z_TE.device)
+    prob_E, z_sum = z_TE.new_empty(n_experts), z_TE.new_empty(())
+    counts_E = torch.empty(n_experts, dtype=torch.int64, device=z_TE.device)
     if n_tokens == 0:
-        return expert_TK, weight_TK, backward_weight_TK, prob_E, z_sum, counts_E
+        return expert_TK, weight_TK, backward_weight_TK, prob_E.zero_(), z_sum.zero_(), counts_E.zero_()
     prob_BE, z_B = z_TE.new_empty(n_blocks, n_experts), z_TE.new_empty(n_blocks)
     count_BE = torch.empty(n_blocks, n_experts, dtype=torch.int32, device=z_TE.device)
     (limit, paper_mask), (temperature, bernoulli, gradient) = mask, estimator

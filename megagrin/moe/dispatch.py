@@ -28,7 +28,7 @@ from megagrin.distributed.comm import (
     reduce_scatter_rows,
     reduce_scatter_sequence,
 )
-from megagrin.kernels.permute import SortPlan, permute, sort_by_expert, unpermute
+from megagrin.kernels.permute import SortPlan, permute, sort_by_expert, sort_weights, unpermute
 from megagrin.moe.router import Routing
 
 
@@ -118,7 +118,7 @@ class LocalDispatch(Dispatch):
 
     def dispatch(self, x_TD: Tensor, routing: Routing) -> Dispatched:
         plan = sort_by_expert(routing.expert_TK, self.n_experts)
-        weight_R, backward_R = _split_weights(_sorted_weights(routing, plan))
+        weight_R, backward_R = sort_weights(routing.weight_TK, routing.backward_weight_TK, plan)
         return Dispatched(x_TD, plan, weight_R, backward_R, plan.counts_E, plan.counts_E, plan, None)
 
     def combine(self, y_RD: Tensor, sent: Dispatched) -> Tensor:

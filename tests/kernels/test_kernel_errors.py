@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from megagrin.kernels import grouped_gemm as gemm
 from megagrin.kernels.cross_entropy import linear_cross_entropy
 from megagrin.kernels.moe_mlp import expert_mlp
-from megagrin.kernels.permute import permute, sort_by_expert, unpermute
+from megagrin.kernels.permute import permute, sort_by_expert, sort_weights, unpermute
 from megagrin.kernels.router_logits import router_logits
 from megagrin.kernels.sparsemixer import sparsemixer
 
@@ -98,6 +98,12 @@ def test_permutation() -> None:
     refused(r"permute: x is on meta, the plan on cpu; they must agree", permute, elsewhere(3, 4), plan)
     refused(r"unpermute: y \(3, 4\) must be \(6, D\), one row a choice of the plan", unpermute, x, plan)
     refused(r"unpermute: y is on meta, the plan on cpu; they must agree", unpermute, elsewhere(6, 4), plan)
+    weights, message = torch.zeros(3, 2), r"must be \(3, 2\) on cpu, one number a choice of the plan"
+    refused(r"sort_weights: weight \(3, 4\) on cpu " + message, sort_weights, x, None, plan)
+    refused(r"sort_weights: backward_weight \(3, 2\) on meta " + message, sort_weights, weights, elsewhere(3, 2), plan)
+    refused(
+        r"sort_weights: backward_weight is torch.float64, weight is torch.float32", sort_weights, weights, weights.double(), plan
+    )
 
 
 def test_cross_entropy() -> None:

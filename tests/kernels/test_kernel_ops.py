@@ -59,6 +59,9 @@ def op_cases() -> Iterator[tuple[str, Callable, tuple]]:
     yield "router_logits weights only", OPS.router_logits, (x.half(), w[0].clone().requires_grad_())
     yield "router_dgrad", OPS.router_dgrad, (dy, x_bf16, w[0])
     yield "router_wgrad", OPS.router_wgrad, (dy, x_bf16)
+    weights = (normal(9, 2, seed=1).requires_grad_(), normal(9, 2, seed=2))
+    yield "sort_weights", OPS.sort_weights, (*weights, plan.order_R, plan.place_TK)
+    yield "sort_weights alone", OPS.sort_weights, (weights[0], None, plan.order_R, plan.place_TK)
     for with_plan in (False, True):
         arguments = mlp_arguments(with_plan, own_backward_weight=with_plan)
         yield f"mlp plan={with_plan}", OPS.expert_mlp, arguments

@@ -7,7 +7,7 @@ import pytest
 import torch
 from interpreted import assert_near, normal, poisoned_memory
 
-from megagrin.kernels.permute import permute, sort_by_expert, unpermute
+from megagrin.kernels.permute import permute, sort_by_expert, sort_weights, unpermute
 
 
 @pytest.mark.parametrize("skew", ["even", "one expert", "lognormal"])
@@ -53,3 +53,23 @@ def test_there_and_back(n_tokens: int, top_k: int, width: int, dtype: torch.dtyp
             assert torch.equal(got.double(), summed)
         else:
             assert_near(got, summed)
+
+
+@pytest.mark.parametrize("both", [False, True])
+@pytest.mark.parametrize(("n_tokens", "top_k"), [(0, 2), (1, 1), (17, 2), (341, 3), (130, 8)])
+def test_weights_travel_with_their_rows(n_tokens: int, top_k: int, both: bool) -> None:
+    """341 · 3 and 130 · 8 rows lie on both sides of a program's 1024; every second weight is a view of a wider tensor."""
+    plan = sort_by_expert(torch.rand(n_tokens, 8).argsort(1)[:, :top_k], 8)
+    wide = normal(n_tokens, 2 * top_k, seed=1, dtype=torch.float32)
+    weight_TK, backward_TK = wide[:, ::2].requires_grad_(), wide[:, 1::2].detach() if both else None
+    grad_R = normal(n_tokens * top_k, seed=2, dtype=torch.float32)
+    with poisoned_memory():
+        weight_R, backward_R = sort_weights(weight_TK, backward_TK, plan)
+        (grad_TK,) = torch.autograd.grad(weight_R, weight_TK, grad_R)
+    assert torch.equal(weight_R, weight_TK.flatten()[plan.order_R])
+    assert torch.equal(grad_TK, grad_R[plan.place_TK])
+    if both:
+        assert torch.equal(backward_R, backward_TK.flatten()[plan.order_R])
+        assert not backward_R.requires_grad
+    else:
+        assert backward_R is None
