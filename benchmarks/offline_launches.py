@@ -21,7 +21,7 @@ from megagrin.kernels import backend, tuning
 
 _ARCH = 90
 _MULTIPROCESSORS = 132
-_MODULES = ("grouped_gemm", "permute", "moe_mlp", "sparsemixer", "cross_entropy")
+_MODULES = ("grouped_gemm", "permute", "moe_mlp", "sparsemixer", "cross_entropy", "router_logits")
 
 
 class _Driver:

@@ -24,6 +24,7 @@ from torch.autograd.function import once_differentiable
 
 from megagrin.kernels.backend import row_passes, tma_rows, use_triton
 from megagrin.kernels.grouped_gemm import check_grouped, check_same, k_grouped_wgrad, m_grouped, m_grouped_dgrad
+from megagrin.kernels.launch import eager
 from megagrin.kernels.permute import SortPlan, gather_rows, gather_sum
 from megagrin.kernels.split_backward import weights_later
 
@@ -80,12 +81,11 @@ _SCHEMA = (
 _BACKWARD_SCHEMA = f"(Tensor dy_RD, Tensor h_R2F, {_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor)"
 
 
-def _operator(name: str, schema: str) -> Callable[[Callable[..., Any]], library.CustomOpDef]:
-    return library.custom_op(f"megagrin::{name}", mutates_args=(), schema=schema)
+def _operator(name: str, schema: str, implementation: Callable[..., Any]) -> library.CustomOpDef:
+    return library.custom_op(f"megagrin::{name}", implementation, mutates_args=(), schema=schema)
 
 
-@_operator("expert_mlp", f"({_SCHEMA}, bool save_h) -> (Tensor, Tensor)")
-def _expert_mlp(*args: Any) -> tuple[Tensor, Tensor]:
+def _forward(*args: Any) -> tuple[Tensor, Tensor]:
     """y (R, D) and h (R, 2F), or an h without rows where it is not needed."""
     save_h, inputs = args[-1], _Inputs(*args[:-1]).cast()
     x, gate_up_E2FD, down_EDF, v_R, _, counts_E, source_R, place_TK, *_ = inputs
@@ -100,7 +100,10 @@ def _expert_mlp(*args: Any) -> tuple[Tensor, Tensor]:
     return m_grouped(act_RF, down_EDF, counts_E), h_R2F if save_h else h_R2F.new_empty(0, h_R2F.shape[1])
 
 
-@_expert_mlp.register_fake
+_expert_mlp_op = _operator("expert_mlp", f"({_SCHEMA}, bool save_h) -> (Tensor, Tensor)", _forward)
+
+
+@_expert_mlp_op.register_fake
 def _(*args: Any) -> tuple[Tensor, Tensor]:
     save_h, inputs = args[-1], _Inputs(*args[:-1])
     rows = inputs.v_R.shape[0]
@@ -163,21 +166,23 @@ def _gradients(
     return _up_dgrad(dh_R2F, gate_up_E2FD, counts_E, source_R, place_TK), d_gate_up_E2FD, d_down_EDF, dv_R.to(v_R.dtype)
 
 
-@_operator("expert_mlp_backward", _BACKWARD_SCHEMA)
-def _expert_mlp_backward(dy_RD: Tensor, h_R2F: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _all_gradients(dy_RD: Tensor, h_R2F: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, gate_up, down and v."""
     given = _Inputs(*args)
     return _gradients(dy_RD, h_R2F, given, (given.gate_up_E2FD.dtype, given.down_EDF.dtype))
 
 
-@_expert_mlp_backward.register_fake
+_expert_mlp_backward_op = _operator("expert_mlp_backward", _BACKWARD_SCHEMA, _all_gradients)
+_expert_mlp_backward = eager(_expert_mlp_backward_op, _all_gradients)
+
+
+@_expert_mlp_backward_op.register_fake
 def _(dy_RD: Tensor, h_R2F: Tensor, *args: Any) -> tuple[Tensor, ...]:
     inputs = _Inputs(*args)
     return tuple(tensor.new_empty(tensor.shape) for tensor in (inputs.x, inputs.gate_up_E2FD, inputs.down_EDF, inputs.v_R))
 
 
-@_operator("expert_mlp_dgrad", _BACKWARD_SCHEMA)
-def _expert_mlp_dgrad(dy_RD: Tensor, h_R2F: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _input_gradients(dy_RD: Tensor, h_R2F: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x and v; of h, and the activation weighted by b, from which those of the weights follow."""
     inputs = _Inputs(*args).cast()
     x, gate_up_E2FD, down_EDF, v_R, b_R, counts_E, source_R, place_TK, *_ = inputs
@@ -192,7 +197,11 @@ def _expert_mlp_dgrad(dy_RD: Tensor, h_R2F: Tensor, *args: Any) -> tuple[Tensor,
     return dx, dv_R.to(v_R.dtype), dh_R2F, act_RF
 
 
-@_expert_mlp_dgrad.register_fake
+_expert_mlp_dgrad_op = _operator("expert_mlp_dgrad", _BACKWARD_SCHEMA, _input_gradients)
+_expert_mlp_dgrad = eager(_expert_mlp_dgrad_op, _input_gradients)
+
+
+@_expert_mlp_dgrad_op.register_fake
 def _(dy_RD: Tensor, h_R2F: Tensor, *args: Any) -> tuple[Tensor, ...]:
     inputs = _Inputs(*args)
     act_RF = dy_RD.new_empty(dy_RD.shape[0], inputs.down_EDF.shape[2])
@@ -227,7 +236,8 @@ def _backward(ctx: Any, dy_RD: Tensor | None, dh: None) -> tuple[Tensor | None, 
     return dx, d_up, d_down, dv_R, *(None,) * 7
 
 
-_expert_mlp.register_autograd(_backward, setup_context=_setup)
+_expert_mlp_op.register_autograd(_backward, setup_context=_setup)
+_expert_mlp = eager(_expert_mlp_op, _forward, _backward, _setup)
 
 
 class MainGrad(Protocol):

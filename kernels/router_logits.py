@@ -15,6 +15,7 @@ from torch import Tensor, library
 
 from megagrin.kernels.backend import tma_rows, use_triton
 from megagrin.kernels.grouped_gemm import check_float
+from megagrin.kernels.launch import eager
 from megagrin.kernels.split_backward import weights_later
 
 
@@ -29,8 +30,7 @@ def _exact(device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, enabled=False)
 
 
-@library.custom_op("megagrin::router_logits", mutates_args=())
-def _router_logits(x_TD: Tensor, w_ED: Tensor) -> Tensor:
+def _logits(x_TD: Tensor, w_ED: Tensor) -> Tensor:
     if _use_kernels(x_TD, w_ED):
         from megagrin.kernels.router_logits_triton import run_logits
 
@@ -39,13 +39,15 @@ def _router_logits(x_TD: Tensor, w_ED: Tensor) -> Tensor:
         return torch.nn.functional.linear(x_TD.to(w_ED.dtype), w_ED)
 
 
-@_router_logits.register_fake
+_router_logits_op = library.custom_op("megagrin::router_logits", _logits, mutates_args=())
+
+
+@_router_logits_op.register_fake
 def _(x_TD: Tensor, w_ED: Tensor) -> Tensor:
     return w_ED.new_empty(x_TD.shape[0], w_ED.shape[0])
 
 
-@library.custom_op("megagrin::router_dgrad", mutates_args=())
-def _router_dgrad(dz_TE: Tensor, x_TD: Tensor, w_ED: Tensor) -> Tensor:
+def _dgrad(dz_TE: Tensor, x_TD: Tensor, w_ED: Tensor) -> Tensor:
     """Gradient of x, rounded to its dtype once."""
     if _use_kernels(x_TD, w_ED):
         from megagrin.kernels.router_logits_triton import run_dgrad
@@ -55,13 +57,16 @@ def _router_dgrad(dz_TE: Tensor, x_TD: Tensor, w_ED: Tensor) -> Tensor:
         return torch.mm(dz_TE, w_ED).to(x_TD.dtype)
 
 
-@_router_dgrad.register_fake
+_router_dgrad_op = library.custom_op("megagrin::router_dgrad", _dgrad, mutates_args=())
+_router_dgrad = eager(_router_dgrad_op, _dgrad)
+
+
+@_router_dgrad_op.register_fake
 def _(dz_TE: Tensor, x_TD: Tensor, w_ED: Tensor) -> Tensor:
     return x_TD.new_empty(x_TD.shape)
 
 
-@library.custom_op("megagrin::router_wgrad", mutates_args=())
-def _router_wgrad(dz_TE: Tensor, x_TD: Tensor) -> Tensor:
+def _wgrad(dz_TE: Tensor, x_TD: Tensor) -> Tensor:
     """Gradient of w, in the dtype of dz."""
     if _use_kernels(x_TD, dz_TE):
         from megagrin.kernels.router_logits_triton import run_wgrad
@@ -71,7 +76,11 @@ def _router_wgrad(dz_TE: Tensor, x_TD: Tensor) -> Tensor:
         return torch.mm(dz_TE.t(), x_TD.to(dz_TE.dtype))
 
 
-@_router_wgrad.register_fake
+_router_wgrad_op = library.custom_op("megagrin::router_wgrad", _wgrad, mutates_args=())
+_router_wgrad = eager(_router_wgrad_op, _wgrad)
+
+
+@_router_wgrad_op.register_fake
 def _(dz_TE: Tensor, x_TD: Tensor) -> Tensor:
     return dz_TE.new_empty(dz_TE.shape[1], x_TD.shape[1])
 
@@ -100,7 +109,8 @@ def _backward(ctx: Any, dz_TE: Tensor | None) -> tuple[Tensor | None, Tensor | N
     )
 
 
-_router_logits.register_autograd(_backward, setup_context=_setup)
+_router_logits_op.register_autograd(_backward, setup_context=_setup)
+_router_logits = eager(_router_logits_op, _logits, _backward, _setup)
 
 
 def router_logits(x_TD: Tensor, w_ED: Tensor) -> Tensor:
