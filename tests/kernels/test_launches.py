@@ -56,8 +56,8 @@ def layer_calls(change: Callable[[Tensor], Tensor] = lambda y: y) -> tuple[Calls
 def test_launches_of_a_layer() -> None:
     """Ceilings for kernels and torch's operators together: 19 and 23 before they were counted."""
     forward, backward = layer_calls()
-    assert len(forward.kernels) + len(forward.operators) <= 13, forward
-    assert len(backward.kernels) + len(backward.operators) <= 17, backward
+    assert len(forward.kernels) + len(forward.operators) <= 12, forward
+    assert len(backward.kernels) + len(backward.operators) <= 16, backward
     assert forward.waits == backward.waits == []
     assert forward.kernels[-8:] == [
         "count_kernel", "place_kernel", "gather_numbers_kernel",
