@@ -44,7 +44,8 @@ fi
 
 dry=()
 if [[ $DRY == 1 ]]; then
-  export MEGAGRIN_GPU_DRY CUDA_VISIBLE_DEVICES=''
+  # One thread: tiny shapes only wait for each other, for minutes where other work runs beside them.
+  export MEGAGRIN_GPU_DRY CUDA_VISIBLE_DEVICES='' OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
   dry=(--dry)
 fi
 "$PYTHON" benchmarks/gpu_run.py --out "$OUT" --half "$HALF" "${dry[@]}"

@@ -37,7 +37,7 @@ def run(out: Path, **variables: str) -> subprocess.CompletedProcess[str]:
     for name in ("TRITON_INTERPRET", "MEGAGRIN_KERNELS", "HALF"):
         if name not in variables:
             environment.pop(name, None)
-    return subprocess.run(["make", "gpu"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
+    return subprocess.run(["make", "gpu"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=850)
 
 
 def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
