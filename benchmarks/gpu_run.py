@@ -19,6 +19,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 from typing import IO, Any
@@ -61,11 +62,24 @@ def _verdict(status: int | None, stage: Stage) -> str:
     return f"FAILED: status {status}" if status >= 0 else f"FAILED: ended by {signal.Signals(-status).name}"
 
 
-def run_stage(stage: Stage, log: Path, variables: dict[str, str]) -> str:
-    """Run one stage and say how it ended."""
-    if stage.needs is not None and importlib.util.find_spec(stage.needs) is None:
-        return NO_PYTEST
-    process = subprocess.Popen(
+@contextlib.contextmanager
+def _held_back() -> Iterator[None]:
+    """Ends from outside come after the with block: in the middle of a start they would leave a process that nobody knows."""
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before, came = [signal.getsignal(number) for number in numbers], list[int]()
+    for held in numbers:
+        signal.signal(held, lambda number, frame: came.append(number))
+    try:
+        yield
+    finally:
+        for held, handler in zip(numbers, before, strict=True):
+            signal.signal(held, handler)
+        for number in came:
+            os.kill(os.getpid(), number)
+
+
+def _start(stage: Stage, variables: dict[str, str]) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
         stage.command,
         cwd=ROOT,
         env=os.environ | variables | stage.variables,
@@ -74,16 +88,25 @@ def run_stage(stage: Stage, log: Path, variables: dict[str, str]) -> str:
         stderr=subprocess.STDOUT,
         start_new_session=True,
     )
-    assert process.stdout is not None
-    reader = threading.Thread(target=_copy, args=(process.stdout, log), daemon=True)
-    reader.start()
-    status: int | None
+
+
+def run_stage(stage: Stage, log: Path, variables: dict[str, str]) -> str:
+    """Run one stage and say how it ended."""
+    if stage.needs is not None and importlib.util.find_spec(stage.needs) is None:
+        return NO_PYTEST
+    process: subprocess.Popen[bytes] | None = None
+    status: int | None = None
     try:
-        status = process.wait(stage.limit_s)
-    except subprocess.TimeoutExpired:
-        status = None
+        with _held_back():
+            process = _start(stage, variables)
+        assert process.stdout is not None
+        reader = threading.Thread(target=_copy, args=(process.stdout, log), daemon=True)
+        reader.start()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            status = process.wait(stage.limit_s)
     finally:
-        _end(process)
+        if process is not None:
+            _end(process)
     reader.join(2)
     return _verdict(status, stage)
 
