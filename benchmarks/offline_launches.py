@@ -11,6 +11,7 @@ import ctypes
 import importlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -21,7 +22,7 @@ from megagrin.kernels import backend, tuning
 
 _ARCH = 90
 _MULTIPROCESSORS = 132
-_MODULES = ("grouped_gemm", "permute", "moe_mlp", "sparsemixer", "cross_entropy", "router_logits")
+_MODULES = tuple(sorted(path.stem for path in Path(backend.__file__).parent.glob("*_triton.py")))
 
 
 class _Driver:
@@ -124,7 +125,7 @@ def offline_launches() -> Iterator[list[str]]:
     from triton.runtime.jit import JITFunction
 
     for module in _MODULES:  # before the CPU is said to take kernels: they look whether they are interpreted
-        importlib.import_module(f"megagrin.kernels.{module}_triton")
+        importlib.import_module(f"megagrin.kernels.{module}")
     launched: list[str] = []
 
     def stand_in(self: Any, key: Any, signature: Any, device: Any, constexprs: Any, *_rest: Any) -> _Kernel:
@@ -152,7 +153,7 @@ def _kernels() -> Iterator[Any]:
     from triton.runtime.jit import JITFunction
 
     for module in _MODULES:
-        for value in vars(importlib.import_module(f"megagrin.kernels.{module}_triton")).values():
+        for value in vars(importlib.import_module(f"megagrin.kernels.{module}")).values():
             if isinstance(value, JITFunction):
                 yield value
 
