@@ -55,7 +55,8 @@ def eager(
     Args:
         op: the registered operator.
         implementation: what it was registered with.
-        backward: what `op.register_autograd` was given, likewise.
+        backward: what `op.register_autograd` was given, likewise; wrapped by `once_differentiable` where it calls kernels, whose
+            results a second backward pass would take for constants.
         setup_context: likewise; the names of its arguments are inputs and output.
     """
     if backward is None or setup_context is None:

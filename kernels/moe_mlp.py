@@ -237,7 +237,7 @@ def _backward(ctx: Any, dy_RD: Tensor | None, dh: None) -> tuple[Tensor | None, 
 
 
 _expert_mlp_op.register_autograd(_backward, setup_context=_setup)
-_expert_mlp = eager(_expert_mlp_op, _forward, _backward, _setup)
+_expert_mlp = eager(_expert_mlp_op, _forward, once_differentiable(_backward), _setup)
 
 
 class MainGrad(Protocol):

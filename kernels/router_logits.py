@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, library
+from torch.autograd.function import once_differentiable
 
 from megagrin.kernels.backend import tma_rows, use_triton
 from megagrin.kernels.grouped_gemm import check_float
@@ -110,7 +111,7 @@ def _backward(ctx: Any, dz_TE: Tensor | None) -> tuple[Tensor | None, Tensor | N
 
 
 _router_logits_op.register_autograd(_backward, setup_context=_setup)
-_router_logits = eager(_router_logits_op, _logits, _backward, _setup)
+_router_logits = eager(_router_logits_op, _logits, once_differentiable(_backward), _setup)
 
 
 def router_logits(x_TD: Tensor, w_ED: Tensor) -> Tensor:

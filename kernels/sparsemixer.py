@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, library
+from torch.autograd.function import once_differentiable
 
 from megagrin.kernels.backend import use_triton
 from megagrin.kernels.launch import eager
@@ -153,7 +154,7 @@ def _backward(ctx: Any, *d_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
 
 
 _sparsemixer_op.register_autograd(_backward, setup_context=_setup_context)
-_sparsemixer = eager(_sparsemixer_op, _forward, _backward, _setup_context)
+_sparsemixer = eager(_sparsemixer_op, _forward, once_differentiable(_backward), _setup_context)
 
 
 def sparsemixer(

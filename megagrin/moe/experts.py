@@ -66,9 +66,10 @@ class Experts(torch.nn.Module):
         copies = None
         if self.copies is not None:
             copies = self.copies[0].of(gate_up), self.copies[1].of(down)
-        if self.main_grads is not None:  # autograd must not look for gradients of these on its own ways
+        sums = self.main_grads if self.gate_up_proj.requires_grad and self.down_proj.requires_grad else None
+        if sums is not None:  # autograd must not look for gradients of these on its own ways
             gate_up, down = gate_up.detach(), down.detach()
-        return expert_mlp(x, gate_up, down, weight_R, counts_L, backward_weight_R, plan, copies, self.main_grads)
+        return expert_mlp(x, gate_up, down, weight_R, counts_L, backward_weight_R, plan, copies, sums)
 
     def refresh_copies(self) -> None:
         """After an optimizer step: in one place, and not in the first forward pass that needs them."""

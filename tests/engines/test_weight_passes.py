@@ -213,3 +213,18 @@ def test_the_host_waits_for_the_device_where_it_must(gloo: GlooPool, world_size:
     for found in gloo.run(world_size, waits_of_a_step, run):
         for of_step in found:
             assert of_step == ["tolist", *["tolist"] * layers, "item", "tolist"]
+
+
+def gradients_with_frozen_matrix(run: Run) -> list[bool]:
+    engine = build_engine(run)
+    experts = engine.model.layers[0].moe.experts
+    experts.down_proj.requires_grad_(False)
+    for index, batch in enumerate(micro_batches(run, 0, engine.mesh)):
+        output = engine.model(batch.tokens_BS, batch.labels_BS)
+        output.loss_sum.backward()
+        assert index < SEQUENCES
+    return [experts.gate_up_proj.grad is not None, experts.down_proj.grad is None]
+
+
+def test_a_frozen_matrix_gets_no_gradient(gloo: GlooPool) -> None:
+    assert gloo.run(1, gradients_with_frozen_matrix, Run(dtype="fp32"))[0] == [True, True]

@@ -18,6 +18,7 @@ pytest.importorskip("triton")
 
 from offline_launches import Calls, calls_of, offline_launches
 
+from megagrin.kernels.moe_mlp import expert_mlp
 from megagrin.kernels.permute import permute, sort_by_expert, sort_weights, unpermute
 from megagrin.moe.balance import BalanceConfig
 from megagrin.moe.layer import MoELayer, TrainRouting
@@ -121,3 +122,13 @@ def test_operators_are_seen_by_those_who_look_and_change_nothing() -> None:
     ]  # fmt: skip
     for a, b in zip(run(), watched, strict=True):
         assert torch.equal(a, b)
+
+
+def test_a_second_derivative_of_the_experts_is_refused() -> None:
+    """Their backward pass calls kernels: taken for constants, they would leave a part of it out without a word."""
+    x_RD, v_R = torch.randn(3, 8, requires_grad=True), torch.rand(3)
+    up_E2FD, down_EDF = torch.randn(2, 8, 8, requires_grad=True), torch.randn(2, 8, 4, requires_grad=True)
+    y_RD = expert_mlp(x_RD, up_E2FD, down_EDF, v_R, torch.tensor([1, 2]))
+    (dx_RD,) = torch.autograd.grad(y_RD.square().sum(), x_RD, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx_RD.sum().backward()
