@@ -228,3 +228,34 @@ def gradients_with_frozen_matrix(run: Run) -> list[bool]:
 
 def test_a_frozen_matrix_gets_no_gradient(gloo: GlooPool) -> None:
     assert gloo.run(1, gradients_with_frozen_matrix, Run(dtype="fp32"))[0] == [True, True]
+
+
+# Bytes for each weight that an operator over whole matrices of experts reads and writes: the table of docs/kernels.md.
+PASSES = {"aten._foreach_norm": 4, "aten._foreach_mul_": 8, "aten._fused_adamw_": 28, "aten.copy_": 6}
+
+
+def whole_passes(run: Run) -> list[dict[str, int]]:
+    """In each step, by operator: the layers' expert matrices that it takes as a whole, not expert by expert as products do."""
+    model = run.model
+    shapes = {(model.n_experts, 2 * model.d_ff, model.d_model), (model.n_experts, model.d_model, model.d_ff)}
+    found = []
+    for calls in steps(run, 2):
+        touched: collections.Counter[str] = collections.Counter()
+        for call in calls:
+            touched[call.name] += any(shape in shapes for shape, _ in (*call.given, *call.made))
+        found.append({name: count for name, count in touched.items() if count})
+    return found
+
+
+@pytest.mark.parametrize("micro", [1, SEQUENCES], ids=["8micro", "1micro"])
+@pytest.mark.parametrize("clip_norm", [1e-3, 1e6], ids=["clipped", "free"])
+def test_operators_over_all_weights_of_a_step(gloo: GlooPool, micro: int, clip_norm: float) -> None:
+    """The norm, clipping where it does something, AdamW, and one refreshed copy of each matrix; whatever the micro-batches."""
+    run = Run(dtype="bf16", micro=micro, optim=replace(OPTIM, clip_norm=clip_norm))
+    expected = dict.fromkeys(PASSES, 1) | {"aten.copy_": 2 * run.model.n_layers}
+    if clip_norm > 1:
+        del expected["aten._foreach_mul_"]
+    _, second = gloo.run(1, whole_passes, run)[0]
+    assert second == expected
+    # The columns of the table that a step has once: 6 for the copy, 4 for the norm, 0 or 8 for clipping, 28 for AdamW.
+    assert sum(PASSES[name] for name in second) == 38 + 8 * (clip_norm < 1)
