@@ -40,6 +40,10 @@ class SortPlan:
         """The same sort for tensors with one row for each (token, choice)."""
         return SortPlan(self.order_R, self.place_TK.reshape(-1, 1), self.counts_E, self.order_R)
 
+    def of_rows(self) -> "SortPlan":
+        """The same sort without `order_R`, which only numbers of choices are sorted by: what keeps it need not keep that."""
+        return SortPlan(self.source_R, self.place_TK, self.counts_E, self.order_R.new_empty(0))
+
 
 def _sort_rows(expert_TK: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if use_triton(expert_TK, "permute"):

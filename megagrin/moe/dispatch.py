@@ -119,7 +119,8 @@ class LocalDispatch(Dispatch):
     def dispatch(self, x_TD: Tensor, routing: Routing) -> Dispatched:
         plan = sort_by_expert(routing.expert_TK, self.n_experts)
         weight_R, backward_R = sort_weights(routing.weight_TK, routing.backward_weight_TK, plan)
-        return Dispatched(x_TD, plan, weight_R, backward_R, plan.counts_E, plan.counts_E, plan, None)
+        rows = plan.of_rows()
+        return Dispatched(x_TD, rows, weight_R, backward_R, plan.counts_E, plan.counts_E, rows, None)
 
     def combine(self, y_RD: Tensor, sent: Dispatched) -> Tensor:
         return unpermute(y_RD, sent._home)
@@ -227,7 +228,7 @@ class AllToAllDispatch(Dispatch):
         by_expert = sort_by_expert(expert_R.unsqueeze(1), n_local)
         weight_R, backward_R = _split_weights(permute(weight_R2, by_expert))
         counts_L, counts_E = by_expert.counts_E, part.home.counts_E
-        return Dispatched(x_RD, by_expert, weight_R, backward_R, counts_L, counts_E, part.home, part)
+        return Dispatched(x_RD, by_expert.of_rows(), weight_R, backward_R, counts_L, counts_E, part.home, part)
 
     def leave(self, y_RD: Tensor, sent: Dispatched) -> tuple[Tensor, Exchange]:
         """Start the way home of a chunk's outputs; `exchange.finish(handle)` ends it."""

@@ -154,8 +154,8 @@ def block_bytes(model: ModelConfig, tokens: int, itemsize: int, tp: int = 1, ep:
         per_token += itemsize * model.d_model
         # Its logits for two losses; each draw's softmax, mask and choice.
         per_token += wide * (2 * model.n_experts + 1) + model.top_k * (model.n_experts * (wide + 1) + 8)
-        # What each row becomes before the activation, its two weights, and three indices of where it came from and goes.
-        per_token += model.top_k * (itemsize * 2 * model.d_ff + 2 * wide + 24)
+        # What each row becomes before the activation, its two weights, and where it came from and goes.
+        per_token += model.top_k * (itemsize * 2 * model.d_ff + 2 * wide + 16)
         if ep > 1 or etp > 1:
             per_token += (model.top_k if ep > 1 else 1) * itemsize * etp * model.d_model
     else:
