@@ -43,6 +43,7 @@ class NativeEngine(Engine):
 
     def forward_backward(self, inputs: list[MicroBatch], divisor: int) -> Tensor:
         """In the order of the pipeline's schedule, or one micro-batch after the other; see `Engine.forward_backward`."""
+        self._refresh_copies()
         if self.pipeline is not None:
             return torch.stack([self.pack(output) for output in self.pipeline.train(inputs, divisor)]).sum(0)
         sums: list[Tensor] = []
@@ -64,8 +65,6 @@ class NativeEngine(Engine):
             group["lr"] = lr
         self.optimizer.step()
         self.optimizer.zero_grad()
-        for experts in self.copied:
-            experts.refresh_copies()
         return norm
 
     def evaluate(self, batches: list[Batch]) -> float:
@@ -76,6 +75,7 @@ class NativeEngine(Engine):
 
     def losses(self, batches: list[Batch]) -> Iterator[Tensor]:
         """See `Engine.losses`."""
+        self._refresh_copies()
         if self.pipeline is not None:
             yield from self.pipeline.evaluate(batches)
             return
@@ -94,10 +94,13 @@ class NativeEngine(Engine):
     def load_state(self, state: dict[str, Tensor], step: int) -> None:
         """See `Engine.load_state`: the tensors are the engine's own, filled in place."""
         _free_gathered(self.model)
-        for experts in self.copied:
-            experts.refresh_copies()
         if "extra.previous_load" in state:
             store.set_steps(self.optimizer, step)
+
+    def _refresh_copies(self) -> None:
+        """Before a step's first pass, whoever changed the weights: no version tells of writes through `.data`, or by apex."""
+        for experts in self.copied:
+            experts.refresh_copies()
 
 
 def _free_gathered(model: nn.Module) -> None:

@@ -16,8 +16,8 @@ MATRICES = ("gate_up_proj", "down_proj")
 class WeightCopy:
     """A parameter in the products' dtype, kept from step to step and filled anew, in place, when the parameter has changed.
 
-    A change is seen by the parameter's version, which every operation in place counts up. What writes past torch (apex's
-    optimizer) has to be followed by `refresh`.
+    A change is seen by the parameter's version, which operations in place count up. What writes past it (`parameter.data`,
+    apex's optimizer) has to be followed by `refresh`.
     """
 
     def __init__(self, dtype: torch.dtype) -> None:
@@ -72,6 +72,6 @@ class Experts(torch.nn.Module):
         return expert_mlp(x, gate_up, down, weight_R, counts_L, backward_weight_R, plan, copies, sums)
 
     def refresh_copies(self) -> None:
-        """After an optimizer step: in one place, and not in the first forward pass that needs them."""
+        """Once a step: in one place, and whether or not a change of the weights was seen."""
         for name, copy in zip(MATRICES, self.copies or (), strict=False):
             copy.refresh(local_tensor(getattr(self, name)))

@@ -4,6 +4,7 @@ Counted over whole steps of several micro-batches, by shape.
 """
 
 import collections
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -61,11 +62,11 @@ def casts_of_steps(run: Run) -> list[dict[int, int]]:
     ids=["zero3", "zero1", "recomputed", "selective"],
 )
 def test_no_weight_is_cast_twice_between_two_steps(gloo: GlooPool, engine: dict[str, Any]) -> None:
-    """Eight micro-batches a step, forward and backward; the first step makes the copies and fills them anew at its end."""
+    """Eight micro-batches a step, forward and backward."""
     sizes = matrices(SIZES)
     per_step = {sizes["q and o"]: 4, sizes["gate_up"]: 2, sizes["down"]: 2}
     of_steps = gloo.run(1, casts_of_steps, Run(dtype="bf16", micro=1, model=SIZES, engine=engine))[0]
-    for of_step in of_steps[1:]:
+    for of_step in of_steps:
         assert {size: of_step.get(size) for size in per_step} == per_step
         # Both matrices once; the head's gradient, too, is of that size and rounded once a micro-batch.
         assert of_step[sizes["embedding and head"]] == 2 + SEQUENCES
@@ -78,6 +79,38 @@ def test_without_copies_each_pass_casts(gloo: GlooPool) -> None:
     for of_step in gloo.run(1, casts_of_steps, run)[0]:
         assert of_step[sizes["gate_up"]] == of_step[sizes["down"]] == 2 * SIZES.n_layers * SEQUENCES
         assert of_step[sizes["q and o"]] == 4 * 2 * SEQUENCES
+
+
+def in_place(parameter: torch.nn.Parameter) -> None:
+    with torch.no_grad():
+        parameter.mul_(1.5)
+
+
+def by_data(parameter: torch.nn.Parameter) -> None:
+    parameter.data.mul_(1.5)
+
+
+def after_a_change(run: Run, change: Callable[[torch.nn.Parameter], None]) -> list[float]:
+    """Losses of an evaluation and of a step, each after weights were changed from outside; a step came first."""
+    engine = build_engine(run)
+    of_step = [micro_batches(run, step, engine.mesh) for step in range(3)]
+    found = [engine.train_step(of_step[0], 0, 1e-3).loss]
+    for parameter in engine.parameters:
+        change(parameter)
+    found.append(engine.evaluate(of_step[1]))
+    for parameter in engine.parameters:
+        change(parameter)
+    result = engine.train_step(of_step[2], 1, 1e-3)
+    return [*found, result.loss, result.grad_norm]
+
+
+@pytest.mark.parametrize("change", [in_place, by_data])
+def test_weights_changed_from_outside_are_not_taken_from_a_copy(
+    gloo: GlooPool, change: Callable[[torch.nn.Parameter], None]
+) -> None:
+    run = Run(dtype="bf16", model=SIZES)
+    without = replace(run, engine={"weight_copies": False})
+    assert gloo.run(1, after_a_change, run, change) == gloo.run(1, after_a_change, without, change)
 
 
 ADDITIONS = ("add", "add_", "_foreach_add", "_foreach_add_", "sum")
