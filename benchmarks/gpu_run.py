@@ -29,6 +29,7 @@ from gpu_probe import OPS, read
 from gpu_stages import KILL_S, Stage, first, second
 
 ROOT = Path(__file__).resolve().parents[1]
+ENDS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 NO_PYTEST = "NOT RUN: no pytest; `make gpu-wheels` puts it into wheels/, which must travel along"
 
 
@@ -65,14 +66,13 @@ def _verdict(status: int | None, stage: Stage) -> str:
 @contextlib.contextmanager
 def _held_back() -> Iterator[None]:
     """Ends from outside come after the with block: in the middle of a start they would leave a process that nobody knows."""
-    numbers = (signal.SIGTERM, signal.SIGINT)
-    before, came = [signal.getsignal(number) for number in numbers], list[int]()
-    for held in numbers:
+    before, came = [signal.getsignal(number) for number in ENDS], list[int]()
+    for held in ENDS:
         signal.signal(held, lambda number, frame: came.append(number))
     try:
         yield
     finally:
-        for held, handler in zip(numbers, before, strict=True):
+        for held, handler in zip(ENDS, before, strict=True):
             signal.signal(held, handler)
         for number in came:
             os.kill(os.getpid(), number)
@@ -172,8 +172,15 @@ class Run:
         self.note(stage, half, word, time.monotonic() - begin)
 
 
+class _Ended(BaseException):
+    """By a signal from outside; no Exception, as what looks after a report that cannot be written would take it for that."""
+
+
 def _stop(number: int, frame: FrameType | None) -> None:
-    raise SystemExit(128 + number)
+    """Once: a second Ctrl-C would come in the middle of ending the stage."""
+    for other in ENDS:
+        signal.signal(other, signal.SIG_IGN)
+    raise _Ended(signal.Signals(number))
 
 
 def main(argv: list[str]) -> int:
@@ -183,7 +190,6 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--half", choices=("first", "second", "both"), default="both")
     parser.add_argument("--dry", action="store_true", help="tiny shapes on the CPU: measures nothing")
     options = parser.parse_args(argv)
-    signal.signal(signal.SIGTERM, _stop)  # its stage ends with it
     out, start = options.out.resolve(), time.monotonic()
     own = f"MEGAGRIN_KERNELS={kernels()} " * (kernels() != "auto")
     command = f"{'MEGAGRIN_GPU_DRY=1 ' * options.dry}{own}make gpu{f' HALF={options.half}' * (options.half != 'both')}"
@@ -195,11 +201,19 @@ def main(argv: list[str]) -> int:
     if "first" in wanted:  # a new run: what an older one left in this folder is none of its results
         gpu_results.forget(out)
     run.say(command)
-    for half in wanted:
-        for stage in halves[half]:
-            if stage.name not in done:
-                run.stage(stage, half)
-            done.add(stage.name)
+    for number in ENDS:
+        signal.signal(number, _stop)  # the stage that runs ends with it
+    try:
+        for half in wanted:
+            for stage in halves[half]:
+                if stage.name not in done:
+                    run.stage(stage, half)
+                done.add(stage.name)
+    except _Ended as end:
+        (number,) = end.args
+        with contextlib.suppress(OSError):  # with SIGHUP the terminal is gone
+            print(f"megagrin: error: ended by {number.name}; results up to then: {gpu_results.path(out)}", file=sys.stderr)
+        return 128 + number
     print(f"\n== summary ({time.monotonic() - start:.0f} s, in {out})\n{(out / 'summary.txt').read_text()}")
     print(f"results: {gpu_results.path(out)}")
     return 0 if set(run.words) <= {"ok"} else 1

@@ -123,7 +123,7 @@ def router_logits(x_TD: Tensor, w_ED: Tensor) -> Tensor:
 
     Returns:
         (T, E) in w's dtype. A token's logits do not depend on the other tokens' numbers, and with the kernels not on its place
-        among them either.
+        among them either. There an infinite number makes its token's logits NaN: it meets the zeros in the weights' finer parts.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit.

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -332,20 +333,24 @@ def test_peaks_are_written_however_a_program_ends(tmp_path: Path, ending: str) -
     assert peaks.read_text() == "null\n"
 
 
-def test_a_run_that_is_ended_leaves_its_results_and_no_stage(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_run_that_is_ended_leaves_its_results_and_no_stage(tmp_path: Path, number: signal.Signals) -> None:
+    """SIGINT and SIGHUP: a person's Ctrl-C, and a connection that is lost."""
     command = [sys.executable, str(ROOT / "benchmarks" / "gpu_run.py"), "--out", str(tmp_path), "--dry", "--half", "first"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-    with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+    with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
         children: list[str] = []
         for _ in range(300):
             children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
             if children:
                 break
             time.sleep(0.1)
-        process.terminate()
-        assert process.wait(30) == 128 + 15
+        process.send_signal(number)
+        _, said = process.communicate(timeout=30)
+        assert process.returncode == 128 + number
     assert children
     assert not any(alive(int(child)) for child in children)
     (results,) = tmp_path.glob("*.md")
+    assert said == f"megagrin: error: ended by {number.name}; results up to then: {results}\n"
     assert f"| first | environment | {DRY_S} | 0 | FAILED: the run ended in it | – |" in results.read_text()
     assert "| first | ops | | | not run | |" in results.read_text()
