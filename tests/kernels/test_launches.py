@@ -17,9 +17,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 pytest.importorskip("triton")
 
 from offline_launches import Calls, calls_of, offline_launches
+from sums import Sum
 
+from megagrin.kernels.launch import eager
 from megagrin.kernels.moe_mlp import expert_mlp
 from megagrin.kernels.permute import permute, sort_by_expert, sort_weights, unpermute
+from megagrin.kernels.router_logits import router_logits
 from megagrin.moe.balance import BalanceConfig
 from megagrin.moe.layer import MoELayer, TrainRouting
 from megagrin.moe.router import Draws, RouterConfig
@@ -124,11 +127,39 @@ def test_operators_are_seen_by_those_who_look_and_change_nothing() -> None:
         assert torch.equal(a, b)
 
 
-def test_a_second_derivative_of_the_experts_is_refused() -> None:
-    """Their backward pass calls kernels: taken for constants, they would leave a part of it out without a word."""
-    x_RD, v_R = torch.randn(3, 8, requires_grad=True), torch.rand(3)
-    up_E2FD, down_EDF = torch.randn(2, 8, 8, requires_grad=True), torch.randn(2, 8, 4, requires_grad=True)
-    y_RD = expert_mlp(x_RD, up_E2FD, down_EDF, v_R, torch.tensor([1, 2]))
-    (dx_RD,) = torch.autograd.grad(y_RD.square().sum(), x_RD, create_graph=True)
+class _Wrapped(Tensor):
+    """A subclass, whose operators are its own matter."""
+
+
+def test_the_direct_way_is_taken_where_nobody_looks() -> None:
+    call = eager(lambda *args: "operator", lambda *args: "direct")  # type: ignore[arg-type]
+    x = torch.ones(2)
+    assert call(x, None, 3) == call(torch.nn.Parameter(x)) == "direct"
+    assert call(x, x.as_subclass(_Wrapped)) == "operator"
+    with _Seen():
+        assert call(x) == "operator"
+    found = []
+    torch.vmap(lambda part: found.append(call(part)) or part)(x)
+    assert found == ["operator"]
+
+
+def experts(main_grads: bool) -> tuple[Tensor, Tensor]:
+    x_RD, up_E2FD, down_EDF = (torch.randn(size, requires_grad=True) for size in ((3, 8), (2, 8, 8), (2, 8, 4)))
+    counts_E, sums = torch.tensor([1, 2]), (Sum(up_E2FD), Sum(down_EDF)) if main_grads else None
+    return x_RD, expert_mlp(x_RD, up_E2FD, down_EDF, torch.rand(3), counts_E, main_grads=sums)
+
+
+def router() -> tuple[Tensor, Tensor]:
+    x_TD = torch.randn(3, 8, dtype=torch.bfloat16, requires_grad=True)
+    return x_TD, router_logits(x_TD, torch.randn(4, 8, requires_grad=True))
+
+
+@pytest.mark.parametrize(
+    "run", [lambda: experts(False), lambda: experts(True), router], ids=["experts", "experts, main gradients", "router"]
+)
+def test_a_second_derivative_is_refused(run: Callable[[], tuple[Tensor, Tensor]]) -> None:
+    """Backward passes call kernels: taken for constants, they would leave a part of it out without a word."""
+    x, y = run()
+    (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
-        dx_RD.sum().backward()
+        dx.sum().backward()

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from megagrin.kernels.moe_mlp import expert_mlp
 from megagrin.kernels.permute import sort_by_expert
+from megagrin.moe.experts import WeightCopy
 
 torch.set_num_threads(1)
 E, D, F = 5, 6, 8
@@ -101,6 +102,23 @@ def test_copies_stand_for_the_weights() -> None:
     for a, b in zip(*results, strict=True):
         assert a.dtype == b.dtype
         assert torch.equal(a, b)
+
+
+def test_a_copy_follows_its_weight() -> None:
+    """Filled anew, in place, after any operation in place, and by `refresh` after writes that no version counts."""
+    weight = torch.randn(3, 5).requires_grad_()
+    copy = WeightCopy(torch.bfloat16)
+    kept = copy.of(weight)
+    assert torch.equal(kept, weight.bfloat16())
+    with torch.no_grad():
+        weight.mul_(1.5)
+    assert copy.of(weight) is kept
+    assert torch.equal(kept, weight.bfloat16())
+    weight.data.mul_(1.5)
+    copy.refresh(weight)
+    assert torch.equal(copy.of(weight), weight.bfloat16())
+    kept.zero_()
+    assert not copy.of(weight).any(), "it is not filled without a reason"
 
 
 def test_copies_must_fit() -> None:

@@ -242,6 +242,14 @@ def test_compiled_router_equals_eager() -> None:
             assert torch.equal(a, b)
 
 
+def test_a_second_derivative_is_refused() -> None:
+    z_TE = logits(5, 4).requires_grad_()
+    weight_TK = run_fused(z_TE, 2, RouterConfig(), tokens(5)).weight_TK
+    (dz_TE,) = torch.autograd.grad(weight_TK.square().sum(), z_TE, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dz_TE.sum().backward()
+
+
 def test_errors_name_the_rule() -> None:
     z_TE, token_T, config = logits(4, 3), torch.arange(4), RouterConfig()
     for z, k in ((z_TE.double(), 1), (z_TE[0], 1), (z_TE, 4), (z_TE, 0), (torch.zeros(1, 2000), 1)):
