@@ -9,7 +9,6 @@ kept. Imports nothing beyond the standard library: it outlives what it probes.
 
 import argparse
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -67,7 +66,8 @@ def probe(program: Path, arguments: list[str], limit_s: float, out: Path, enviro
         for op in OPS:
             with (Path(name) / op).open("wb") as output:
                 command = [sys.executable, str(program), op, *arguments]
-                running[op] = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+                # In the group of this process: whoever ends that ends all of them.
+                running[op] = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
         while running:
             late = time.monotonic() - start > limit_s
             for op, process in list(running.items()):
@@ -75,7 +75,7 @@ def probe(program: Path, arguments: list[str], limit_s: float, out: Path, enviro
                 if status is None and not late:
                     continue
                 if status is None:
-                    os.killpg(process.pid, signal.SIGKILL)
+                    process.kill()
                     process.wait()
                 message, seconds = _message(Path(name) / op), time.monotonic() - start
                 found[op] = {"state": _state(status), "seconds": seconds, "message": message}
@@ -98,7 +98,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--program", type=Path, default=HERE / "gpu_op.py", help="what probes one op")
     options = parser.parse_args(argv)
     environment, old = read(options.out / "environment.json"), read(options.out / "ops.json")
-    if old is not None and environment is not None and old["environment"] == environment and set(old["ops"]) == set(OPS):
+    known = old is not None and environment is not None and old["environment"] == environment and set(old["ops"]) == set(OPS)
+    # What hung may have been compiling, and finds what it compiled the next time.
+    if known and all(result["state"] != "hung" for result in old["ops"].values()):
         print(f"probed before, with the same code on the same device: MEGAGRIN_KERNELS={old['kernels']}")
         return 0 if old["kernels"] == "auto" else 1
     (options.out / "ops.json").unlink(missing_ok=True)

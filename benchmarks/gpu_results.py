@@ -17,12 +17,24 @@ from gpu_probe import read
 from gpu_stages import first, second
 from gpu_tables import around_lines, layer_lines, number, profile_lines, quickstart_lines, step_lines
 
-_OWN_FILES: tuple[str, ...] = ("*.md", "log.txt", "summary.txt", "ops.json", "junit.xml", "stages/*.json", "quickstart.json")
+_NAME = "stages/results.txt"  # holds the file's name: other files of the folder are not ours
+_OWN_FILES: tuple[str, ...] = (_NAME, "log.txt", "summary.txt", "ops.json", "junit.xml", "stages/*.json", "quickstart.json")
 _OWN_FILES += tuple(f"{folder}{name}" for folder in ("", "tuned/", "long/") for name in ("moe_layer.*", "model_*"))
+
+
+def check_folder(out: Path) -> None:
+    """A run removes what an earlier one left; nothing of anybody else's may lie there under one of the names.
+
+    Raises:
+        ValueError: the folder has files, and no run has been there.
+    """
+    if out.is_dir() and any(out.iterdir()) and not (out / "stages").is_dir():
+        raise ValueError(f"OUT: {out} holds files, and none of an earlier run; name a new or an empty folder")
 
 
 def forget(out: Path) -> None:
     """Remove what an earlier run left in its folder; tables of tuned blocks stay."""
+    _forget_file(out)
     for pattern in _OWN_FILES:
         for path in out.glob(pattern):
             with contextlib.suppress(OSError):
@@ -151,11 +163,17 @@ def text(out: Path) -> str:
     return "\n".join([*lines, *_failures(out, stages, found)]).rstrip() + "\n"
 
 
+def _forget_file(out: Path) -> None:
+    with contextlib.suppress(OSError):
+        (out / (out / _NAME).read_text().strip()).unlink()
+
+
 def write(out: Path) -> None:
     """Write it, in place of the one before, whose name may have been another."""
     target, content = path(out), text(out)
-    for old in out.glob("*-unknown-gpu.md"):
-        old.unlink()
+    _forget_file(out)
+    (out / _NAME).parent.mkdir(exist_ok=True)
+    (out / _NAME).write_text(target.name + "\n")
     partial = target.with_suffix(".partial")
     partial.write_text(content)
     partial.replace(target)

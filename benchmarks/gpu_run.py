@@ -13,6 +13,7 @@ import importlib.util
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -33,12 +34,17 @@ ENDS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 NO_PYTEST = "NOT RUN: no pytest; `make gpu-wheels` puts it into wheels/, which must travel along"
 
 
+def _append(path: Path, line: bytes) -> None:
+    """A disk that is full must not cost the measurements that follow."""
+    with contextlib.suppress(OSError), path.open("ab", buffering=0) as sink:
+        sink.write(line)
+
+
 def _copy(source: IO[bytes], log: Path) -> None:
-    """A stage's output, to the terminal and the log as it comes."""
-    with log.open("ab") as sink:
-        for line in iter(source.readline, b""):
-            sink.write(line)
-            sink.flush()
+    """A stage's output, to the terminal and the log as it comes; a stage must not wait for either of them."""
+    for line in iter(source.readline, b""):
+        _append(log, line)
+        with contextlib.suppress(OSError):
             sys.stdout.buffer.write(line)
             sys.stdout.flush()
 
@@ -137,12 +143,13 @@ class Run:
         self.out, self.command, self.dry, self.kernels = out, command, dry, kernels()
         self.log, self.summary = out / "log.txt", out / "summary.txt"
         self.date, self.words = datetime.datetime.now(datetime.UTC).date().isoformat(), list[str]()
+        self.lines = list[str]()
 
     def say(self, text: str) -> None:
-        """To the terminal and the log."""
-        print(text, flush=True)
-        with self.log.open("a") as sink:
-            sink.write(text + "\n")
+        """To the terminal, which may be gone, and the log."""
+        with contextlib.suppress(OSError):
+            print(text, flush=True)
+        _append(self.log, f"{text}\n".encode())
 
     def note(self, stage: Stage, half: str, word: str, seconds: float) -> None:
         """Write down how a stage ended, and the results so far."""
@@ -167,8 +174,8 @@ class Run:
         if word == NO_PYTEST:
             self.say(word)
         self.words.append(word)
-        with self.summary.open("a") as sink:
-            sink.write(f"{stage.name:<12} {time.monotonic() - begin:4.0f} s  {word}\n")
+        self.lines.append(f"{stage.name:<12} {time.monotonic() - begin:4.0f} s  {word}")
+        _append(self.summary, f"{self.lines[-1]}\n".encode())
         self.note(stage, half, word, time.monotonic() - begin)
 
 
@@ -189,10 +196,20 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--half", choices=("first", "second", "both"), default="both")
     parser.add_argument("--dry", action="store_true", help="tiny shapes on the CPU: measures nothing")
+    parser.add_argument("--scratch", type=Path, help="folder that is removed at the end")
     options = parser.parse_args(argv)
+    try:
+        return _walk(options)
+    finally:
+        if options.scratch is not None:
+            shutil.rmtree(options.scratch, ignore_errors=True)
+
+
+def _walk(options: argparse.Namespace) -> int:
     out, start = options.out.resolve(), time.monotonic()
     own = f"MEGAGRIN_KERNELS={kernels()} " * (kernels() != "auto")
     command = f"{'MEGAGRIN_GPU_DRY=1 ' * options.dry}{own}make gpu{f' HALF={options.half}' * (options.half != 'both')}"
+    gpu_results.check_folder(out)
     run, done = Run(out, command, options.dry), set[str]()
     for folder in ("stages", "tuned", "long"):
         (out / folder).mkdir(parents=True, exist_ok=True)
@@ -214,7 +231,7 @@ def main(argv: list[str]) -> int:
         with contextlib.suppress(OSError):  # with SIGHUP the terminal is gone
             print(f"megagrin: error: ended by {number.name}; results up to then: {gpu_results.path(out)}", file=sys.stderr)
         return 128 + number
-    print(f"\n== summary ({time.monotonic() - start:.0f} s, in {out})\n{(out / 'summary.txt').read_text()}")
+    print(f"\n== summary ({time.monotonic() - start:.0f} s, in {out})", *run.lines, sep="\n")
     print(f"results: {gpu_results.path(out)}")
     return 0 if set(run.words) <= {"ok"} else 1
 

@@ -236,7 +236,9 @@ def build_schedule(counts_E: Tensor, rows: int, block_m: int) -> Schedule:
 def dense(x: Tensor) -> Tensor:
     """x itself, or a copy that a tensor descriptor can address: contiguous, on a 16-byte boundary."""
     x = x.contiguous()
-    return x if x.data_ptr() % 16 == 0 else x.clone()
+    x = x if x.data_ptr() % 16 == 0 else x.clone()
+    # What has one row is contiguous whatever its pitch, which descriptors look at all the same.
+    return x.view(-1).view(x.shape) if 1 in x.shape else x
 
 
 def weight_desc(w_ENK: Tensor, block: list[int]) -> Any:

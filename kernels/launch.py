@@ -41,7 +41,9 @@ def _plain(args: tuple[Any, ...]) -> bool:
     # Asked first: a constant for torch.compile, which then traces nothing of the rest.
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack():
         return False
-    return all(type(arg) in (Tensor, torch.nn.Parameter) for arg in args if isinstance(arg, Tensor))
+    tensors = [arg for arg in args if isinstance(arg, Tensor)]
+    # The batched kind is that of torch.autograd.grad(is_grads_batched=True), which is no interpreter of functorch.
+    return all(type(t) in (Tensor, torch.nn.Parameter) and not torch._C._functorch.is_legacy_batchedtensor(t) for t in tensors)
 
 
 def eager(

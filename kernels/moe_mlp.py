@@ -243,14 +243,30 @@ _expert_mlp = eager(_expert_mlp_op, _forward, once_differentiable(_backward), _s
 class MainGrad(Protocol):
     """Where the gradient of a weight is added up over micro-batches, in fp32 (fp64 beside fp64 rows)."""
 
-    def parameter(self) -> Tensor:
-        """What autograd knows the weight by: it makes sure that there is a backward pass."""
+    parameter: Tensor
+    """What autograd knows the weight by: a leaf. It makes sure that there is a backward pass."""
 
     def total(self) -> Tensor | None:
         """What has been added up in this step, contiguous and of the weight's local shape; None before the first gradient."""
 
-    def begin(self, gradient: Tensor) -> None:
-        """Take the step's first gradient for the total."""
+    def keep(self, total: Tensor) -> None:
+        """Take the total: the step's first gradient, or what `total` gave, with a gradient added."""
+
+    def for_autograd(self, gradient: Tensor) -> Tensor:
+        """A local gradient as autograd wants it for the parameter."""
+
+
+def _only_accumulates(parameter: Tensor) -> bool:
+    """Whether all that this backward pass will do with a leaf's gradient is to add it to those before.
+
+    Not so where a hook wants to see it, in `torch.autograd.grad`, and in `backward(inputs=...)` without the leaf.
+    """
+    if parameter._backward_hooks or parameter._post_accumulate_grad_hooks or torch._C._functorch.peek_interpreter_stack():
+        return False
+    try:
+        return torch._C._will_engine_execute_node(torch.autograd.graph.get_gradient_edge(parameter).node)
+    except RuntimeError:  # what it does of leaves in torch.autograd.grad
+        return False
 
 
 class _AddsUp(torch.autograd.Function):
@@ -274,13 +290,16 @@ class _AddsUp(torch.autograd.Function):
         if dy_RD is None:
             return (None,) * 14
         h_R2F, *rest = ctx.saved_tensors
+        mains = ctx.main_grads
+        if not all(_only_accumulates(main.parameter) for main in mains):
+            dx, d_up, d_down, dv_R = _expert_mlp_backward(dy_RD, h_R2F, *rest)
+            weights = (main.for_autograd(d) for main, d in zip(mains, (d_up, d_down), strict=True))
+            return None, *weights, dx, None, None, dv_R, *(None,) * 7
         given = _Inputs(*rest)
-        totals = [main.total() for main in ctx.main_grads]
         wide = torch.promote_types(given.x.dtype, torch.float32)
-        dx, d_up, d_down, dv_R = _gradients(dy_RD, h_R2F, given, (wide, wide), (totals[0], totals[1]))
-        for main, total, gradient in zip(ctx.main_grads, totals, (d_up, d_down), strict=True):
-            if total is None:
-                main.begin(gradient)
+        dx, d_up, d_down, dv_R = _gradients(dy_RD, h_R2F, given, (wide, wide), (mains[0].total(), mains[1].total()))
+        for main, total in zip(mains, (d_up, d_down), strict=True):
+            main.keep(total)
         return None, None, None, dx, None, None, dv_R, *(None,) * 7
 
 
@@ -307,7 +326,8 @@ def expert_mlp(
         backward_weight_R: (R,) like weight_R: what weighs the gradient to the expert and to x instead; None means weight_R.
         plan: how the tokens of x are sorted into rows.
         copies: gate_up and down in x's dtype, where float32 ones need not be cast anew. They are read again in backward.
-        main_grads: of gate_up and down: their gradients are added there by the kernels, and autograd is given none.
+        main_grads: of gate_up and down, whose parameters are leaves: a plain `backward()` adds their gradients there, by the
+            kernels, and autograd is given none. Autograd is given them where it is asked for more than a sum.
 
     Returns:
         (R, D), the weighted output of each row.
@@ -334,14 +354,15 @@ def expert_mlp(
                 f"expert_mlp: {name} is {weight.dtype} on {weight.device}; it must be float32 or float64 on {x.device}"
             )
     _check_copies(x, (gate_up_E2FD, down_EDF), copies)
-    differentiable = (x, gate_up_E2FD, down_EDF, weight_R, *(main.parameter() for main in main_grads or ()))
+    mains = main_grads or ()
+    differentiable = (x, gate_up_E2FD, down_EDF, weight_R, *(main.parameter for main in mains))
     save_h = torch.is_grad_enabled() and any(t.requires_grad for t in differentiable)
     source_R, place_TK = (None, None) if plan is None else (plan.source_R, plan.place_TK)
-    routing = (weight_R, backward_weight_R, counts_E, source_R, place_TK)
-    args = (x, gate_up_E2FD, down_EDF, *routing, *(copies or (None, None)), save_h)
+    rest = (weight_R, backward_weight_R, counts_E, source_R, place_TK, *(copies or (None, None)), save_h)
     if main_grads is None or not save_h:
-        return _expert_mlp(*args)[0]
-    return _AddsUp.apply(main_grads, *(main.parameter() for main in main_grads), *args)
+        return _expert_mlp(x, gate_up_E2FD, down_EDF, *rest)[0]
+    # Detached: autograd must not look for gradients of these on ways of its own.
+    return _AddsUp.apply(mains, *(main.parameter for main in mains), x, gate_up_E2FD.detach(), down_EDF.detach(), *rest)
 
 
 def _check_copies(x: Tensor, weights: tuple[Tensor, Tensor], copies: tuple[Tensor, Tensor] | None) -> None:

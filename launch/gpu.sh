@@ -18,6 +18,7 @@ OUT=${OUT:-runs/gpu}
 DRY=${MEGAGRIN_GPU_DRY:-0}
 HALF=${HALF:-both}
 WHEELS=${WHEELS:-wheels}
+PACKAGES=  # a folder of our own that is removed in the end, whatever the environment says
 case $HALF in first | second | both) ;; *) fail "HALF: '$HALF' must be first, second or both" ;; esac
 [[ $DRY == 0 || $DRY == 1 ]] || fail "MEGAGRIN_GPU_DRY: '$DRY' must be 0 or 1"
 if [[ $DRY == 0 ]] && ! "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
@@ -35,17 +36,17 @@ export PYTHONUNBUFFERED=1
 
 if ! "$PYTHON" -c 'import pytest' 2>/dev/null && compgen -G "$WHEELS/*.whl" >/dev/null; then
   PACKAGES=$(mktemp -d)
-  trap 'rm -rf "$PACKAGES"' EXIT
   for wheel in "$WHEELS"/*.whl; do
     "$PYTHON" -m zipfile -e "$wheel" "$PACKAGES" || echo "megagrin: $wheel cannot be unpacked" >&2
   done
   export PYTHONPATH=$PYTHONPATH:$PACKAGES
 fi
 
-dry=()
+arguments=(--out "$OUT" --half "$HALF" ${PACKAGES:+--scratch "$PACKAGES"})
 if [[ $DRY == 1 ]]; then
   # One thread: tiny shapes only wait for each other, for minutes where other work runs beside them.
   export MEGAGRIN_GPU_DRY CUDA_VISIBLE_DEVICES='' OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-  dry=(--dry)
+  arguments+=(--dry)
 fi
-"$PYTHON" benchmarks/gpu_run.py --out "$OUT" --half "$HALF" "${dry[@]}"
+# In the place of this shell, which would not hand on the signals that end a run.
+exec "$PYTHON" benchmarks/gpu_run.py "${arguments[@]}"

@@ -5,7 +5,9 @@ Custom operators of this project are opened, so that what their references do is
 
 import contextlib
 import dataclasses
+import itertools
 import sys
+import traceback
 from collections.abc import Iterator
 from typing import Any
 from unittest import mock
@@ -89,9 +91,14 @@ class Counting(TorchDispatchMode):
         return out
 
 
+def _asked_by_a_mesh() -> bool:
+    frames = traceback.walk_stack(sys._getframe(1))
+    return any(frame.f_code.co_filename.endswith("device_mesh.py") for frame, _ in itertools.islice(frames, 8))
+
+
 @contextlib.contextmanager
 def waits() -> Iterator[list[str]]:
-    """Collects, by name, what in the with block would make the host wait for a GPU.
+    """Collects, by name, what in the with block would make the host wait for a GPU: reads, and shapes that are data.
 
     Inside `Counting` the references of custom operators are left out: they read counts that the kernels do not. Meshes keep
     their ranks on the host.
@@ -102,7 +109,7 @@ def waits() -> Iterator[list[str]]:
         original = getattr(Tensor, name)
 
         def call(self: Tensor, *args: Any, **kwargs: Any) -> Any:
-            if not _inside_reference and not sys._getframe(1).f_code.co_filename.endswith("device_mesh.py"):
+            if not _inside_reference and not _asked_by_a_mesh():
                 found.append(name)
             return original(self, *args, **kwargs)
 
@@ -112,4 +119,26 @@ def waits() -> Iterator[list[str]]:
     with contextlib.ExitStack() as stack:
         for name in names:
             stack.enter_context(noted(name))
+        stack.enter_context(_DataShapes(found))
         yield found
+
+
+class _DataShapes(TorchDispatchMode):
+    """Notes operators whose result the host must read before it goes on."""
+
+    def __init__(self, found: list[str]) -> None:
+        super().__init__()
+        self._found = found
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = func.name().partition(".")[0].rpartition("::")[2]
+        masks = [index for index in args[1] if index is not None] if name in ("index", "index_put", "index_put_") else []
+        read = name in _READ or any(index.dtype in (torch.bool, torch.uint8) for index in masks)
+        if read and not _inside_reference and not _asked_by_a_mesh():
+            self._found.append(name)
+        return func(*args, **kwargs)
+
+
+# repeat_interleave comes here without the size of its output only.
+_READ = {"nonzero", "masked_select", "equal", "is_nonzero", "unique_dim", "unique_consecutive", "_unique2", "bincount"}

@@ -1,6 +1,7 @@
 """The native engine: FSDP2 data parallelism, pipeline schedules, gradient accumulation, one clip norm, fused AdamW."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ class NativeEngine(Engine):
     """Model and optimizer sharded by FSDP2."""
 
     model: Transformer | Stages
+    _torn = False
 
     def setup(self) -> None:
         """See `Engine.setup`."""
@@ -43,17 +45,18 @@ class NativeEngine(Engine):
 
     def forward_backward(self, inputs: list[MicroBatch], divisor: int) -> Tensor:
         """In the order of the pipeline's schedule, or one micro-batch after the other; see `Engine.forward_backward`."""
-        self._refresh_copies()
-        if self.pipeline is not None:
-            return torch.stack([self.pack(output) for output in self.pipeline.train(inputs, divisor)]).sum(0)
-        sums: list[Tensor] = []
-        for index, micro_batch in enumerate(inputs):
-            prepare_backward(self.model, self.config.zero, index == len(inputs) - 1)
-            output = run_part(self.model, micro_batch)
-            assert output.loss_sum is not None
-            (output.loss_sum / divisor).backward()
-            sums.append(self.pack(output))
-        return torch.stack(sums).sum(0)
+        self.optimizer.zero_grad()  # of a step that did not come to its end
+        with self._passes():
+            if self.pipeline is not None:
+                return torch.stack([self.pack(output) for output in self.pipeline.train(inputs, divisor)]).sum(0)
+            sums: list[Tensor] = []
+            for index, micro_batch in enumerate(inputs):
+                prepare_backward(self.model, self.config.zero, index == len(inputs) - 1)
+                output = run_part(self.model, micro_batch)
+                assert output.loss_sum is not None
+                (output.loss_sum / divisor).backward()
+                sums.append(self.pack(output))
+            return torch.stack(sums).sum(0)
 
     def update(self, step: int, lr: float) -> Tensor:
         """See `Engine.update`."""
@@ -65,27 +68,31 @@ class NativeEngine(Engine):
             group["lr"] = lr
         self.optimizer.step()
         self.optimizer.zero_grad()
+        for experts in self.copied:
+            experts.expire_copies()
         return norm
 
     def evaluate(self, batches: list[Batch]) -> float:
         """See `Engine.evaluate`."""
-        loss = super().evaluate(batches)
-        _free_gathered(self.model)
-        return loss
+        try:
+            return super().evaluate(batches)
+        finally:
+            _free_gathered(self.model)
 
     def losses(self, batches: list[Batch]) -> Iterator[Tensor]:
         """See `Engine.losses`."""
-        self._refresh_copies()
-        if self.pipeline is not None:
-            yield from self.pipeline.evaluate(batches)
-            return
-        for batch in batches:
-            output = run_part(self.model, (batch, None))
-            assert output.loss_sum is not None
-            yield output.loss_sum
+        with self._passes():
+            if self.pipeline is not None:
+                yield from self.pipeline.evaluate(batches)
+                return
+            for batch in batches:
+                output = run_part(self.model, (batch, None))
+                assert output.loss_sum is not None
+                yield output.loss_sum
 
     def state(self, optimizer: bool = True) -> dict[str, Tensor]:
         """See `Engine.state`."""
+        self._free()
         weights = store.model_tensors(self.model)
         if not optimizer:
             return weights
@@ -93,14 +100,36 @@ class NativeEngine(Engine):
 
     def load_state(self, state: dict[str, Tensor], step: int) -> None:
         """See `Engine.load_state`: the tensors are the engine's own, filled in place."""
-        _free_gathered(self.model)
+        for experts in self.copied:
+            experts.expire_copies()
         if "extra.previous_load" in state:
             store.set_steps(self.optimizer, step)
 
-    def _refresh_copies(self) -> None:
-        """Before a step's first pass, whoever changed the weights: no version tells of writes through `.data`, or by apex."""
+    @contextmanager
+    def _passes(self) -> Iterator[None]:
+        """Forward and backward passes: nothing in 16 bits is older than the weights, whoever has changed them."""
+        self._free()
         for experts in self.copied:
             experts.refresh_copies()
+        try:
+            yield
+        except (Exception, KeyboardInterrupt):
+            self._torn = any(isinstance(module, FSDPModule) for module in self.model.modules())
+            raise
+
+    def _free(self) -> None:
+        """Put the sharded parameters back.
+
+        Raises:
+            RuntimeError: a pass was broken off. FSDP2 has no way back from the middle of one: gathered weights stay in their
+                places, and sums of gradients with them.
+        """
+        if self._torn:
+            raise RuntimeError(
+                "an error has ended a forward or backward pass in its middle, which leaves gathered weights and parts of "
+                "gradients in FSDP2: build the engine anew and load a checkpoint"
+            )
+        _free_gathered(self.model)
 
 
 def _free_gathered(model: nn.Module) -> None:

@@ -11,6 +11,7 @@ under FSDP2 with ZeRO 2 and 3 (each micro-batch's gradient is reduced and its sh
 chunks, whose gradients are then added here.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,43 +33,44 @@ def _like(gradient: Tensor, parameter: Tensor) -> Tensor:
 
 
 class _OwnGrad:
-    """The gradient of a parameter whose dtype is that of the sum."""
+    """The gradient of a parameter whose dtype is that of the sum; see `MainGrad`."""
 
-    def __init__(self, experts: Experts, name: str) -> None:
-        self._experts, self._name = experts, name
-
-    def parameter(self) -> nn.Parameter:
-        """See `MainGrad.parameter`; under FSDP2 the gathered one."""
-        found: nn.Parameter = getattr(self._experts, self._name)
-        return found
+    def __init__(self, parameter: Tensor) -> None:
+        self.parameter = parameter
 
     def total(self) -> Tensor | None:
         """See `MainGrad.total`."""
-        grad = self.parameter().grad
-        return None if grad is None else local_tensor(grad)
+        grad = self.parameter.grad
+        return None if grad is None else local_tensor(grad).contiguous()
 
-    def begin(self, gradient: Tensor) -> None:
-        """See `MainGrad.begin`."""
-        parameter = self.parameter()
-        parameter.grad = _like(gradient, parameter)
+    def keep(self, total: Tensor) -> None:
+        """See `MainGrad.keep`."""
+        grad = self.parameter.grad
+        if grad is None or local_tensor(grad) is not total:
+            self.parameter.grad = self.for_autograd(total)
+
+    def for_autograd(self, gradient: Tensor) -> Tensor:
+        """See `MainGrad.for_autograd`."""
+        return _like(gradient, self.parameter)
 
 
 class _ShardedGrad(_OwnGrad):
     """The gradient of a gathered 16-bit parameter: FSDP2 takes it from where it keeps gradients of the reduction's dtype."""
 
-    def __init__(self, experts: Experts, name: str) -> None:
-        super().__init__(experts, name)
-        group: Any = fully_shard.state(experts)._fsdp_param_group  # type: ignore[attr-defined]
-        self._sharded = next(p for p in group.fsdp_params if p._module_info.param_name == name)
+    def __init__(self, sharded: Any, parameter: Tensor) -> None:
+        super().__init__(parameter)
+        self._sharded = sharded
 
     def total(self) -> Tensor | None:
         """See `MainGrad.total`."""
         grad = self._sharded.unsharded_accumulated_grad
         return None if grad is None else local_tensor(grad)
 
-    def begin(self, gradient: Tensor) -> None:
-        """See `MainGrad.begin`."""
-        self._sharded.unsharded_accumulated_grad = _like(gradient, self.parameter())
+    def keep(self, total: Tensor) -> None:
+        """See `MainGrad.keep`."""
+        grad = self._sharded.unsharded_accumulated_grad
+        if grad is None or local_tensor(grad) is not total:
+            self._sharded.unsharded_accumulated_grad = _like(total, self.parameter)
 
 
 def add_in_place(model: nn.Module, zero: int) -> None:
@@ -83,14 +85,15 @@ def add_in_place(model: nn.Module, zero: int) -> None:
         shared = isinstance(experts, FSDPModule)
         if shared and zero > 1 and not isinstance(experts, PartedExperts):
             continue
-        narrow = shared and _reduced_wider(experts)
-        kind = _ShardedGrad if narrow else _OwnGrad
-        experts.main_grads = kind(experts, MATRICES[0]), kind(experts, MATRICES[1])
+        experts.main_grads = (_OwnGrad, _OwnGrad)
+        if shared and _group(experts).mp_policy.param_dtype is not None:
+            held = {p._module_info.param_name: p for p in _group(experts).fsdp_params}
+            experts.main_grads = partial(_ShardedGrad, held[MATRICES[0]]), partial(_ShardedGrad, held[MATRICES[1]])
 
 
-def _reduced_wider(experts: Experts) -> bool:
-    group: Any = fully_shard.state(experts)._fsdp_param_group  # type: ignore[attr-defined]
-    return group.mp_policy.param_dtype is not None
+def _group(module: nn.Module) -> Any:
+    """What FSDP2 knows of a module's parameters."""
+    return fully_shard.state(module)._fsdp_param_group  # type: ignore[attr-defined]
 
 
 def keep_copies(model: nn.Module, dtype: torch.dtype) -> list[Experts]:

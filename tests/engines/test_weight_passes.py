@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from common import MODEL, OPTIM, SEQUENCES, Run, assert_same_run, build_engine, capture_gradients, micro_batches
+from common import MODEL, OPTIM, SEQUENCES, Run, assert_same_run, build_engine, capture_gradients, micro_batches, run_steps
 from counting import Call, Counting, waits
 from helpers import GlooPool
 
@@ -79,38 +79,6 @@ def test_without_copies_each_pass_casts(gloo: GlooPool) -> None:
     for of_step in gloo.run(1, casts_of_steps, run)[0]:
         assert of_step[sizes["gate_up"]] == of_step[sizes["down"]] == 2 * SIZES.n_layers * SEQUENCES
         assert of_step[sizes["q and o"]] == 4 * 2 * SEQUENCES
-
-
-def in_place(parameter: torch.nn.Parameter) -> None:
-    with torch.no_grad():
-        parameter.mul_(1.5)
-
-
-def by_data(parameter: torch.nn.Parameter) -> None:
-    parameter.data.mul_(1.5)
-
-
-def after_a_change(run: Run, change: Callable[[torch.nn.Parameter], None]) -> list[float]:
-    """Losses of an evaluation and of a step, each after weights were changed from outside; a step came first."""
-    engine = build_engine(run)
-    of_step = [micro_batches(run, step, engine.mesh) for step in range(3)]
-    found = [engine.train_step(of_step[0], 0, 1e-3).loss]
-    for parameter in engine.parameters:
-        change(parameter)
-    found.append(engine.evaluate(of_step[1]))
-    for parameter in engine.parameters:
-        change(parameter)
-    result = engine.train_step(of_step[2], 1, 1e-3)
-    return [*found, result.loss, result.grad_norm]
-
-
-@pytest.mark.parametrize("change", [in_place, by_data])
-def test_weights_changed_from_outside_are_not_taken_from_a_copy(
-    gloo: GlooPool, change: Callable[[torch.nn.Parameter], None]
-) -> None:
-    run = Run(dtype="bf16", model=SIZES)
-    without = replace(run, engine={"weight_copies": False})
-    assert gloo.run(1, after_a_change, run, change) == gloo.run(1, after_a_change, without, change)
 
 
 ADDITIONS = ("add", "add_", "_foreach_add", "_foreach_add_", "sum")
@@ -221,9 +189,11 @@ def clippings(run: Run) -> list[int]:
 
 
 def test_gradients_below_the_limit_are_not_multiplied(gloo: GlooPool) -> None:
-    for limit, passes in ((1e6, 0), (1e-3, 1), (0.0, 0)):
-        run = Run(dtype="fp32", micro=SEQUENCES, optim=replace(OPTIM, clip_norm=limit))
-        assert gloo.run(1, clippings, run)[0] == [passes] * 3, limit
+    run = Run(dtype="fp32", micro=SEQUENCES)
+    norm = gloo.run(1, run_steps, replace(run, steps=1))[0]["norms"][0]
+    for limit, passes in ((1e6, 0), (1.001 * norm, 0), (0.999 * norm, 1), (1e-3, 1), (0.0, 0)):
+        run = replace(run, optim=replace(OPTIM, clip_norm=limit))
+        assert gloo.run(1, clippings, run)[0][0] == passes, limit
 
 
 def waits_of_a_step(run: Run) -> list[list[str]]:
@@ -246,6 +216,20 @@ def test_the_host_waits_for_the_device_where_it_must(gloo: GlooPool, world_size:
     for found in gloo.run(world_size, waits_of_a_step, run):
         for of_step in found:
             assert of_step == ["tolist", *["tolist"] * layers, "item", "tolist"]
+
+
+@pytest.mark.parametrize(
+    "wait",
+    [lambda x: x.nonzero(), lambda x: x[x > 0], lambda x: torch.equal(x, x), lambda x: bool(x.any()), lambda x: x.unique()],
+)
+def test_a_wait_is_seen(wait: Callable[[torch.Tensor], Any]) -> None:
+    x = torch.arange(3)
+    with Counting(), waits() as names:
+        x[x.clamp(max=1)].repeat_interleave(2)
+    assert names == []
+    with Counting(), waits() as names:
+        wait(x)
+    assert len(names) == 1
 
 
 def gradients_with_frozen_matrix(run: Run) -> list[bool]:

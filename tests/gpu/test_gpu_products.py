@@ -160,16 +160,17 @@ class _Sum:
     """A main gradient, see `moe_mlp.MainGrad`."""
 
     def __init__(self, weight: Tensor) -> None:
-        self._weight, self._total = weight, None
-
-    def parameter(self) -> Tensor:
-        return self._weight
+        self.parameter = weight
+        self._total: Tensor | None = None
 
     def total(self) -> Tensor | None:
         return self._total
 
-    def begin(self, gradient: Tensor) -> None:
-        self._total = gradient
+    def keep(self, total: Tensor) -> None:
+        self._total = total
+
+    def for_autograd(self, gradient: Tensor) -> Tensor:
+        return gradient
 
 
 def test_gradients_of_micro_batches_are_added_in_memory() -> None:

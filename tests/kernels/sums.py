@@ -7,15 +7,15 @@ class Sum:
     """The sum for one weight; `begun` counts how often it was begun."""
 
     def __init__(self, weight: Tensor) -> None:
-        self._weight, self.begun = weight, 0
+        self.parameter, self.begun = weight, 0
         self._total: Tensor | None = None
-
-    def parameter(self) -> Tensor:
-        return self._weight
 
     def total(self) -> Tensor | None:
         return self._total
 
-    def begin(self, gradient: Tensor) -> None:
-        self.begun += 1
-        self._total = gradient
+    def keep(self, total: Tensor) -> None:
+        self.begun += self._total is None
+        self._total = total
+
+    def for_autograd(self, gradient: Tensor) -> Tensor:
+        return gradient

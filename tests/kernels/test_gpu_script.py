@@ -140,6 +140,7 @@ def test_a_second_half_survives_a_kernel_and_a_stage_that_fail(tmp_path: Path, m
     planted.mkdir()
     (planted / "sitecustomize.py").write_text(PLANTED)
     (out / "tuned" / "moe_layer.json").mkdir(parents=True)
+    (out / "stages").mkdir()  # of a first half
     done = run(out, HALF="second", **(machine | {"WHEELS": str(tmp_path / "none")}), PYTHONPATH=str(planted))
     assert done.returncode != 0
     ends = summary(out)

@@ -117,8 +117,26 @@ def test_a_copy_follows_its_weight() -> None:
     weight.data.mul_(1.5)
     copy.refresh(weight)
     assert torch.equal(copy.of(weight), weight.bfloat16())
+    weight.data.mul_(1.5)
+    copy.expire()
+    assert torch.equal(copy.of(weight), weight.bfloat16())
     kept.zero_()
     assert not copy.of(weight).any(), "it is not filled without a reason"
+    other = (2 * weight.detach()).requires_grad_()
+    assert other._version < weight._version
+    for _ in range(weight._version - other._version):
+        with torch.no_grad():
+            other.add_(0)
+    assert torch.equal(copy.of(other), other.bfloat16()), "of a parameter in another place, the version apart"
+
+
+def test_a_copy_made_in_inference_serves_training() -> None:
+    master, x_RD, v_R = weights(torch.float32), normal(1, D, seed=1, dtype=torch.bfloat16), torch.ones(1)
+    kept = [WeightCopy(torch.bfloat16) for _ in master]
+    with torch.inference_mode():
+        made = [copy.of(weight) for copy, weight in zip(kept, master, strict=True)]
+    y_RD = expert_mlp(x_RD, *master, v_R, torch.tensor([1, 0, 0, 0, 0]), copies=(made[0], made[1]))
+    assert all(gradient.isfinite().all() for gradient in torch.autograd.grad(y_RD.sum(), master))
 
 
 def test_copies_must_fit() -> None:

@@ -85,3 +85,12 @@ def test_strided_and_misaligned_inputs() -> None:
     assert not x_RK.is_contiguous()
     y_RN = m_grouped(x_RK, w_ENK, torch.tensor(counts))
     assert_near(y_RN, torch.einsum("rk,rnk->rn", x_RK.double(), w_ENK.double()[expert_of_row(counts)]), 1e-6)
+
+
+def test_one_row_and_one_expert_of_any_pitch() -> None:
+    x_RK = normal(2, 41, seed=1, dtype=torch.float32)[1:, 1:]
+    w_ENK = normal(2, 72 * 40 + 1, seed=2, dtype=torch.float32)[1:, 1:].unflatten(1, (72, 40))
+    assert x_RK.is_contiguous()
+    assert w_ENK.is_contiguous()
+    y_RN = m_grouped(x_RK, w_ENK, torch.tensor([1]))
+    assert_near(y_RN, x_RK.double() @ w_ENK[0].double().T, 1e-6)

@@ -150,10 +150,11 @@ def test_weight_gradient_over_blocks_of_tokens(monkeypatch: pytest.MonkeyPatch) 
     within(together, whole.double(), terms, 2 * fp32_sum(1030))
 
 
-@pytest.mark.parametrize(("n_tokens", "n_experts"), [(0, 3), (4, 3)])
+@pytest.mark.parametrize(("n_tokens", "n_experts"), [(0, 3), (1, 3), (4, 3)])
 def test_nothing_to_do_and_strided_inputs(n_tokens: int, n_experts: int) -> None:
+    """One token is contiguous whatever its rows' pitch."""
     x_TD, w_ED, dz_TE = inputs(n_tokens, n_experts, 24)
-    wide_TD = torch.cat([x_TD, x_TD], 1)
+    wide_TD = torch.cat([x_TD, x_TD, x_TD[:, :1]], 1)
     leaf, weight = wide_TD[:, 12:36].requires_grad_(), w_ED.t().contiguous().t().requires_grad_()
     z_TE = router_logits(leaf, weight)
     dx, dw = torch.autograd.grad(z_TE, (leaf, weight), dz_TE.t().contiguous().t())
