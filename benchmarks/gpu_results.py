@@ -172,8 +172,9 @@ def write(out: Path) -> None:
     """Write it, in place of the one before, whose name may have been another."""
     target, content = path(out), text(out)
     _forget_file(out)
-    (out / _NAME).parent.mkdir(exist_ok=True)
-    (out / _NAME).write_text(target.name + "\n")
+    with contextlib.suppress(OSError):
+        (out / _NAME).parent.mkdir(exist_ok=True)
+        (out / _NAME).write_text(f"{target.name}\n")
     partial = target.with_suffix(".partial")
     partial.write_text(content)
     partial.replace(target)
