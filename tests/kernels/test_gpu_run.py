@@ -148,7 +148,7 @@ def _case(name: str, routing: str, forward: float, total: float) -> dict[str, An
 def measured(out: Path) -> None:
     """What some stages of a run leave, with invented figures."""
     for folder in ("stages", "tuned", "long"):
-        (out / folder).mkdir()
+        (out / folder).mkdir(exist_ok=True)
 
     def put(name: str, record: object) -> None:
         (out / name).write_text(json.dumps(record))
