@@ -78,7 +78,7 @@ def test_a_probe_that_is_ended_ends_its_ops(tmp_path: Path) -> None:
 
 def test_a_log_that_cannot_be_written_costs_no_stage(tmp_path: Path) -> None:
     (tmp_path / "log.txt").symlink_to("/dev/full")
-    stage = Stage("one", 60, [sys.executable, "-c", "print('x' * (1 << 20))"])
+    stage = Stage("one", 20, [sys.executable, "-c", "print('line\\n' * (1 << 16))"])  # more than a pipe holds
     assert gpu_run.run_stage(stage, tmp_path / "log.txt", {}) == "ok"
 
 
