@@ -245,8 +245,8 @@ def _submit(executor: ProcessPoolExecutor, encode: Callable[[Block], _Encoded], 
             return executor.submit(encode, block)
     except Exception:
         # A worker's death closes the pool's pipes in another thread, also under a submit that is starting the next worker.
-        # What that raises depends on the moment (OSError "handle is closed" and ValueError "bad value(s) in fds_to_keep" were
-        # both seen, about once in a hundred runs of the test that kills a worker); the pool knows by now whether it is broken.
+        # What that raises depends on the moment (seen: OSError "handle is closed", ValueError "bad value(s) in fds_to_keep"),
+        # but the pool has called itself broken before it closes anything: then the next submit says so.
         with suppress(OSError):
             executor.submit(int)
         raise

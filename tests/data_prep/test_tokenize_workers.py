@@ -106,29 +106,36 @@ def test_workers_do_not_outlive_a_killed_parent(tmp_path: Path, corpus: Path, to
     assert outputs(tmp_path) in ([], ["out.bin.tmp"])
 
 
+@pytest.mark.parametrize("noted", [False, True])
 def test_a_worker_that_dies_while_the_next_one_starts_is_the_same_error(
-    run: Callable[..., TokenizeReport], corpus: Path, monkeypatch: pytest.MonkeyPatch
+    run: Callable[..., TokenizeReport], corpus: Path, monkeypatch: pytest.MonkeyPatch, noted: bool
 ) -> None:
-    """The pool closes its pipes in another thread, here when the next worker's start has noted their numbers already:
+    """The pool closes its pipes in another thread, before or after the next worker's start has noted their numbers.
 
-    the pipes made next get the same numbers, and the start fails for handing on one number twice.
+    Before, the start finds one closed; after, a pipe made next gets its number, which would be handed on twice.
     """
     before = set(multiprocessing.active_children())
-    note, descriptors, closed = multiprocessing.popen_spawn_posix.set_spawning_popen, [], []
+    note = multiprocessing.popen_spawn_posix.set_spawning_popen
+    starting: list[multiprocessing.popen_spawn_posix.Popen] = []
+    pipes, closed = list[int](), list[bool]()
+    low = os.open(os.devnull, os.O_RDONLY)
 
-    def noted(popen: multiprocessing.popen_spawn_posix.Popen | None) -> None:
+    def struck(popen: multiprocessing.popen_spawn_posix.Popen | None) -> None:
         note(popen)
         if popen is not None:
-            descriptors[:] = [popen._fds]
-            return
-        for worker in set(multiprocessing.active_children()) - before:
+            starting.append(popen)
+        if len(starting) == 1:
+            pipes[:] = starting[0]._fds
+        elif noted == (popen is None) and not closed:
+            (worker,) = set(multiprocessing.active_children()) - before
             worker.kill()
             deadline = time.monotonic() + 10
-            while all(map(is_open, descriptors[0])) and time.monotonic() < deadline:
+            while all(map(is_open, pipes)) and time.monotonic() < deadline:
                 time.sleep(0.002)
-            closed.append(not all(map(is_open, descriptors[0])))
+            closed.append(not all(map(is_open, pipes)))
+            os.close(low)  # for the parent's end of the first pipe, which is not handed on; the next end gets the pool's number
 
-    monkeypatch.setattr("multiprocessing.popen_spawn_posix.set_spawning_popen", noted)
+    monkeypatch.setattr("multiprocessing.popen_spawn_posix.set_spawning_popen", struck)
     with pytest.raises(ValueError, match=r"near line \d+: a worker process died"):
         run(corpus, workers=2, block_bytes=500, timeout=60)
     assert len(closed) == 1  # closed, or kept from it by a lock, as in Python 3.12
